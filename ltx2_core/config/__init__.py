@@ -1,0 +1,1 @@
+"""Frozen configurations of every component, read from checkpoint metadata. Torch-free."""

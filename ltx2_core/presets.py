@@ -1,0 +1,43 @@
+"""Names and numbers that nodes offer: guidance presets, schedules, samplers, defaults by version. Torch-free.
+
+Defaults per version: ltx-pipelines 1.2. Tests hold the names equal to the registries that implement them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .config.version import ModelVersion
+
+SAMPLERS = ("euler",)
+SCHEDULES = ("distilled", "distilled stage 2", "ltx-2")
+TILINGS = ("auto", "none", "temporal", "spatial")
+
+DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
+DISTILLED_STAGE_2_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
+
+_GUIDED = {
+    "video_cfg": 3.0,
+    "video_stg": 1.0,
+    "video_modality": 3.0,
+    "video_rescale": 0.7,
+    "audio_cfg": 7.0,
+    "audio_stg": 1.0,
+    "audio_modality": 3.0,
+    "audio_rescale": 0.7,
+}
+
+GUIDANCE_PRESETS: Mapping[str, Mapping[str, float | str]] = {
+    "distilled": {
+        **dict.fromkeys(("video_cfg", "video_modality", "audio_cfg", "audio_modality"), 1.0),
+        **dict.fromkeys(("video_stg", "video_rescale", "audio_stg", "audio_rescale"), 0.0),
+        "stg_blocks": "28",
+    },
+    "guided 2.0": {**_GUIDED, "stg_blocks": "29"},
+    "guided 2.3/2.5": {**_GUIDED, "stg_blocks": "28"},
+}
+
+
+def default_image_crf(version: ModelVersion) -> int:
+    """H.264 re-compression of conditioning images that the model was trained with."""
+    return 18 if version.at_least(2, 4) else 33

@@ -1,0 +1,106 @@
+"""What one evaluation of the transformer needs: per stream, and which attentions it skips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..av import AV
+from .attention import Keep
+from .rope import Rotary
+
+
+@dataclass(frozen=True)
+class Timesteps:
+    """Noise levels of one stream's tokens, each distinct level stored once.
+
+    rows: [B, U] float32 in [0, 1], the distinct levels (mask value x sigma).
+    index: [B, T] int64 into the rows, ``None`` when U is 1.
+    sigma: [B] float32, the stream's own level; 0 for a stream that is held fixed.
+    """
+
+    rows: Tensor
+    index: Tensor | None
+    sigma: Tensor
+
+    def per_token(self) -> Tensor:
+        """[B, T, 1] (or [B, 1, 1] where all tokens share their level)"""
+        return (self.rows if self.index is None else self.rows.gather(1, self.index))[..., None]
+
+
+@dataclass(frozen=True)
+class StreamInput:
+    """One stream's half of an evaluation.
+
+    latent: [B, T, C] tokens, in the model's dtype. context: [B, S, context_dim] text tokens.
+    rotary, cross_rotary: tables of self attention and of audio-video attention for these tokens.
+    attention_bias: additive, broadcastable to [B, H, T, T]; context_bias: additive, to [B, H, T, S].
+    keyframes_mask: [B, T, 1], nonzero on tokens of a latent frame that encodes one pixel frame.
+    enabled: False leaves this stream's tokens as they are; the other stream still reads them.
+    """
+
+    latent: Tensor
+    timesteps: Timesteps
+    context: Tensor
+    rotary: Rotary
+    cross_rotary: Rotary
+    attention_bias: Tensor | None = None
+    context_bias: Tensor | None = None
+    keyframes_mask: Tensor | None = None
+    enabled: bool = True
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Which attentions one sample skips. Blocks are indices; the cross attentions are skipped in all blocks."""
+
+    skip_video_self_attn_blocks: tuple[int, ...] = ()
+    skip_audio_self_attn_blocks: tuple[int, ...] = ()
+    disable_a2v_cross_attn: bool = False
+    disable_v2a_cross_attn: bool = False
+
+    def keeps(self, block: int) -> tuple[bool, bool, bool, bool]:
+        """Video self, audio self, audio-to-video and video-to-audio attention of one block."""
+        return (
+            block not in self.skip_video_self_attn_blocks,
+            block not in self.skip_audio_self_attn_blocks,
+            not self.disable_a2v_cross_attn,
+            not self.disable_v2a_cross_attn,
+        )
+
+
+@dataclass(frozen=True)
+class BlockKeep:
+    """Which attentions one block computes. ``cross`` is named after the stream that it writes to."""
+
+    self_attn: AV[Keep]
+    cross: AV[Keep]
+
+
+def plan_keeps(
+    perturbations: Sequence[Perturbation], num_blocks: int, device: torch.device, dtype: torch.dtype
+) -> tuple[BlockKeep, ...]:
+    """What every block computes for a batch with one perturbation per sample.
+
+    Where samples agree the answer is a plain bool; only mixed ones cost a mask [B, 1, 1]. Built once per run, since
+    moving a mask to the device waits for it.
+    """
+    masks: dict[tuple[bool, ...], Tensor] = {}
+
+    def merge(wanted: tuple[bool, ...]) -> Keep:
+        if all(wanted) or not any(wanted):
+            return wanted[0]
+        if wanted not in masks:
+            masks[wanted] = torch.tensor(wanted, device=device).to(dtype).view(-1, 1, 1)
+        return masks[wanted]
+
+    plan = []
+    for block in range(num_blocks):
+        video, audio, to_video, to_audio = (
+            merge(kinds) for kinds in zip(*(p.keeps(block) for p in perturbations), strict=True)
+        )
+        plan.append(BlockKeep(AV(video, audio), AV(to_video, to_audio)))
+    return tuple(plan)

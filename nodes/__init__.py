@@ -1,0 +1,4 @@
+"""The node table."""
+
+NODE_CLASS_MAPPINGS = {}
+NODE_DISPLAY_NAME_MAPPINGS = {}
