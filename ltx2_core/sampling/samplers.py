@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -32,6 +33,17 @@ def sample_euler(denoise: Denoise, x: AV[Tensor], sigmas: Sequence[float], on_st
 def _euler_step(x: Tensor, x0: Tensor, *, sigma: float, sigma_next: float) -> Tensor:
     velocity = ((wide(x) - wide(x0)) / sigma).to(x.dtype)
     return (wide(x) + wide(velocity) * (sigma_next - sigma)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class SamplerChoice:
+    """A sampler by name. Raises ValueError for a name that is not in ``SAMPLERS``."""
+
+    name: str
+
+    def __post_init__(self):
+        if self.name not in SAMPLERS:
+            raise ValueError(f"there is no sampler {self.name!r}; choose {', '.join(SAMPLERS)}")
 
 
 SAMPLERS: Mapping[str, Sampler] = {"euler": sample_euler}

@@ -1,0 +1,172 @@
+"""Tiny random checkpoints in exactly the released layout, for the demo, tests and benchmarks.
+
+They make noise, not pictures; every code path of a real model runs on them in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config.model import ModelConfig
+from .config.released import released_config
+from .loading.keymap import checkpoint_name
+from .loading.write import write_checkpoint
+from .networks import NETWORKS, build_on_meta
+from .text.tiny_gemma import write_tiny_gemma
+from .vae.mel import mel_filter_bank
+
+LABELS = ("2.0", "2.3", "2.5")
+TEXT_ENCODER = "gemma-3-tiny"
+
+_GEMMA_WIDTH, _GEMMA_LAYERS = 64, 6
+_WIDTH, _AUDIO_WIDTH, _HEADS = 128, 64, 4
+_LATENT_CHANNELS, _AUDIO_CHANNELS, _AUDIO_BASE = 16, 2, 32
+
+_TRANSFORMER = {
+    "num_layers": 3,
+    "num_attention_heads": _HEADS,
+    "attention_head_dim": _WIDTH // _HEADS,
+    "audio_num_attention_heads": _HEADS,
+    "audio_attention_head_dim": _AUDIO_WIDTH // _HEADS,
+    "in_channels": _LATENT_CHANNELS,
+    "out_channels": _LATENT_CHANNELS,
+    "audio_in_channels": _AUDIO_BASE,
+    "audio_out_channels": _AUDIO_BASE,
+    "cross_attention_dim": _WIDTH,
+    "audio_cross_attention_dim": _AUDIO_WIDTH,
+    "caption_channels": _GEMMA_WIDTH,
+    "connector_num_layers": 2,
+}
+
+
+def checkpoint_file(label: str) -> str:
+    """Name of the tiny checkpoint of a version."""
+    return f"ltx-{label}-tiny.safetensors"
+
+
+def write_tiny_set(root: Path, label: str = "2.3") -> list[Path]:
+    """Write a tiny checkpoint of version 2.0 or 2.3 and a tiny Gemma folder below the model folder ``root``.
+
+    Returns the checkpoint and the text encoder folder. Raises ValueError for another version.
+    """
+    checkpoint = root / "checkpoints" / checkpoint_file(label)
+    encoder = root / "text_encoders" / TEXT_ENCODER
+    write_tiny_checkpoint(checkpoint, label)
+    write_tiny_gemma(encoder, hidden_size=_GEMMA_WIDTH, num_layers=_GEMMA_LAYERS)
+    return [checkpoint, encoder]
+
+
+def write_tiny_checkpoint(path: Path, label: str, seed: int = 0) -> None:
+    """Write one checkpoint: a whole model for 2.0 and 2.3, the transformer file with its connectors for 2.5."""
+    config = tiny_config(label)
+    networks = NETWORKS if label != "2.5" else ("transformer", "text_head")
+    model = ModelConfig.from_config(config, _GEMMA_LAYERS + 1, ())
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for network in networks:
+        for name, empty in build_on_meta(network, model).state_dict().items():
+            key = checkpoint_name(network, name)
+            if label == "2.5" and key.startswith("text_embedding_projection."):
+                continue  # 2.5 keeps the projections with the text encoder
+            if key not in tensors:
+                tensors[key] = _fill(key, tuple(empty.shape), model, generator)
+    if label == "2.5":
+        config = {"transformer": config["transformer"]}
+    metadata = {"config": json.dumps(config), "model_version": f"{label}.0"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(path, tensors, metadata)
+
+
+def tiny_config(label: str) -> dict[str, Any]:
+    """The released configuration of a version with every width and depth shrunk."""
+    if label not in LABELS:
+        raise ValueError(f"there is no tiny checkpoint of version {label!r}; choose {', '.join(LABELS)}")
+    config = released_config(label)
+    config["transformer"] |= _TRANSFORMER | _connectors(label)
+    config["vae"] |= {
+        "latent_channels": _LATENT_CHANNELS,
+        "encoder_base_channels": _LATENT_CHANNELS,
+        "decoder_base_channels": _LATENT_CHANNELS,
+        "encoder_blocks": _one_layer(config["vae"]["encoder_blocks"]),
+        "decoder_blocks": _one_layer(config["vae"]["decoder_blocks"]),
+    }
+    config["audio_vae"]["model"]["params"]["ddconfig"] |= {"ch": _AUDIO_BASE, "z_channels": _AUDIO_CHANNELS}
+    vocoder = config["vocoder"]
+    for generator in (vocoder["vocoder"], vocoder["bwe"]) if "bwe" in vocoder else (vocoder,):
+        generator["upsample_initial_channel"] = 64
+    return config
+
+
+def _connectors(label: str) -> dict[str, int]:
+    if label == "2.0":  # both connectors share the text encoder's width
+        return {"connector_num_attention_heads": _HEADS, "connector_attention_head_dim": _GEMMA_WIDTH // _HEADS}
+    return {
+        "connector_num_attention_heads": _HEADS,
+        "connector_attention_head_dim": _WIDTH // _HEADS,
+        "audio_connector_num_attention_heads": _HEADS,
+        "audio_connector_attention_head_dim": _AUDIO_WIDTH // _HEADS,
+    }
+
+
+def _one_layer(blocks: list[Any]) -> list[Any]:
+    return [[name, {**params, "num_layers": 1} if name == "res_x" else params] for name, params in blocks]
+
+
+# weights -------------------------------------------------------------------------------------------------------------
+
+
+def _fill(key: str, shape: tuple[int, ...], model: ModelConfig, generator: torch.Generator) -> Tensor:
+    """Values for one tensor: fixed ones for filters and bases, random ones that keep activations in range elsewhere."""
+    fixed = _fixed(key, shape, model)
+    if fixed is not None:
+        return fixed.reshape(shape).to(torch.bfloat16)
+    values = torch.randn(shape, generator=generator)
+    last = key.rsplit(".", 1)[-1]
+    if "scale_shift_table" in last:
+        return values * 0.1  # float32, as released
+    if last == "std-of-means" or key.endswith(("q_norm.weight", "k_norm.weight")):
+        values = 1 + 0.1 * values
+    elif len(shape) <= 1 or last in ("keyframes_abs_pos_embedding", "mean-of-means"):
+        values = 0.05 * values
+    elif last != "learnable_registers":
+        values = values * _gain(key) / math.sqrt(_fan_in(key, shape))
+    return values.to(torch.bfloat16)
+
+
+def _fixed(key: str, shape: tuple[int, ...], model: ModelConfig) -> Tensor | None:
+    last = key.rsplit(".", 1)[-1]
+    if key.endswith("timestep_scale_multiplier"):
+        return torch.tensor(916.0)
+    if last == "filter":
+        half = torch.tensor([0.002029, 0.009389, -0.025543, -0.057657, 0.128573, 0.443210])
+        return torch.cat((half, half.flip(0)))
+    if last in ("forward_basis", "inverse_basis"):
+        return _fourier_basis(shape[-1])
+    if last == "mel_basis":
+        mel = replace(model.audio_vae.mel, n_fft=2 * (shape[1] - 1))
+        return mel_filter_bank(mel).T
+    return None
+
+
+def _fourier_basis(n_fft: int) -> Tensor:
+    """Hann-windowed transform, real rows before imaginary ones: [n_fft + 2, n_fft]."""
+    phase = 2 * math.pi / n_fft * torch.outer(torch.arange(n_fft // 2 + 1.0), torch.arange(float(n_fft)))
+    return torch.cat((phase.cos(), -phase.sin())) * torch.hann_window(n_fft)
+
+
+def _fan_in(key: str, shape: tuple[int, ...]) -> int:
+    if ".ups." in key:  # a transposed convolution: [in, out, kernel], of which a stride reaches each sample
+        return shape[0] * 2
+    return math.prod(shape[1:])
+
+
+def _gain(key: str) -> float:
+    """Louder output layers, so that the demo's picture has contrast and its sound a level."""
+    return {"conv_post.weight": 0.3, "decoder.conv_out.conv.weight": 0.6}.get(".".join(key.split(".")[-2:]), 1.0)

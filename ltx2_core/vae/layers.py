@@ -1,0 +1,238 @@
+"""Layers of the causal video VAE. Tensors are [B, C, T, H, W]; ``memory`` and ``last`` are those of video_streaming."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config.video_vae import ResampleConfig
+from .video_streaming import Memory
+
+# cuDNN and PyTorch index convolutions with 32 bits
+MAX_CONV_ELEMENTS = 2**31 - 1
+
+Modulation = tuple[Tensor, Tensor]
+"""(shift, scale), each [B, C, 1, 1, 1]."""
+
+
+def patchify(pixels: Tensor, patch: int) -> Tensor:
+    """Fold patch x patch pixels into channels: index (c * patch + dx) * patch + dy, the width offset dx slower."""
+    b, c, t, h, w = pixels.shape
+    x = pixels.reshape(b, c, t, h // patch, patch, w // patch, patch)
+    return x.permute(0, 1, 6, 4, 2, 3, 5).reshape(b, c * patch * patch, t, h // patch, w // patch)
+
+
+def unpatchify(x: Tensor, patch: int) -> Tensor:
+    """The inverse of ``patchify``."""
+    b, c, t, h, w = x.shape
+    x = x.reshape(b, c // patch**2, patch, patch, t, h, w)
+    return x.permute(0, 1, 4, 5, 3, 6, 2).reshape(b, c // patch**2, t, h * patch, w * patch)
+
+
+def space_to_depth(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
+    """Fold blocks of ``stride`` = (a, b, c) into channels: index ((channel * a + i) * b + j) * c + k."""
+    n, channels, t, h, w = x.shape
+    st, sh, sw = stride
+    x = x.reshape(n, channels, t // st, st, h // sh, sh, w // sw, sw).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return x.reshape(n, channels * st * sh * sw, t // st, h // sh, w // sw)
+
+
+def depth_to_space(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
+    """The inverse of ``space_to_depth``."""
+    n, channels, t, h, w = x.shape
+    st, sh, sw = stride
+    x = x.reshape(n, channels // (st * sh * sw), st, sh, sw, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(n, channels // (st * sh * sw), t * st, h * sh, w * sw)
+
+
+def pixel_norm_silu(x: Tensor, out: Tensor, modulation: Modulation | None = None) -> None:
+    """Write SiLU(x / rms(x) * (1 + scale) + shift) to ``out``, the root mean square taken over channels.
+
+    Every operation rounds to the activation's dtype, as in the released implementation.
+    """
+    rms = x.square().mean(dim=1, keepdim=True).add_(1e-8).sqrt_()
+    torch.div(x, rms, out=out)
+    if modulation is not None:
+        shift, scale = modulation
+        out.mul_(1 + scale).add_(shift)
+    F.silu(out, inplace=True)
+
+
+def _copy(x: Tensor, out: Tensor) -> None:
+    out.copy_(x)
+
+
+class TimeConv3d(nn.Module):
+    """A 3x3x3 convolution that repeats the clip's border frames along time and pads space with ``padding_mode``.
+
+    Causal: two copies of the first frame in front. Otherwise one in front and one of the last frame behind; such a
+    layer gives one frame less for a first piece and one more for a last one.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, padding_mode: str, causal: bool):
+        super().__init__()
+        self.causal = causal
+        self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=(0, 1, 1), padding_mode=padding_mode)
+
+    def forward(self, x: Tensor, memory: Memory, last: bool, write: Callable[[Tensor, Tensor], None] = _copy) -> Tensor:
+        """Convolve the next piece.
+
+        write: (x, out) -> None stores what the convolution shall see of ``x``; pointwise along time. It goes straight
+        into the padded buffer, which saves a pass over the activation.
+        """
+        b, c, t, h, w = x.shape
+        if t == 0:
+            assert not last, "a last piece holds at least one frame"
+            return x.new_empty(b, self.conv.out_channels, 0, h, w)
+        kept = memory.take(self)
+        front = 2 if self.causal or kept is not None else 1
+        behind = 1 if last and not self.causal else 0
+        seen = x.new_empty(b, c, front + t + behind, h, w)
+        inner = seen[:, :, front : front + t]
+        write(x, inner)
+        seen[:, :, :front] = inner[:, :, :1] if kept is None else kept
+        if behind:
+            seen[:, :, -1:] = inner[:, :, -1:]
+        if not last:
+            memory.keep(self, seen[:, :, -2:])
+        return self._convolve(seen)
+
+    def _convolve(self, seen: Tensor) -> Tensor:
+        b, c, t, h, w = seen.shape
+        frames = t - 2
+        if frames == 0:
+            return seen.new_empty(b, self.conv.out_channels, 0, h, w)
+        per_frame = b * max(c, self.conv.out_channels) * (h + 2) * (w + 2)
+        if per_frame * t <= MAX_CONV_ELEMENTS:
+            return self.conv(seen)
+        step = max(1, MAX_CONV_ELEMENTS // per_frame - 2)
+        return torch.cat([self.conv(seen[:, :, i : i + step + 2]) for i in range(0, frames, step)], dim=2)
+
+
+class ResBlock(nn.Module):
+    """x + conv2(act(conv1(act(x)))), act = pixel norm, optional modulation by the decode timestep, SiLU."""
+
+    def __init__(self, channels: int, *, padding_mode: str, causal: bool, modulated: bool = False):
+        super().__init__()
+        self.conv1 = TimeConv3d(channels, channels, padding_mode=padding_mode, causal=causal)
+        self.conv2 = TimeConv3d(channels, channels, padding_mode=padding_mode, causal=causal)
+        # rows: shift1, scale1, shift2, scale2
+        self.scale_shift_table = nn.Parameter(torch.zeros(4, channels)) if modulated else None
+
+    def forward(self, x: Tensor, memory: Memory, last: bool, time_embedding: Tensor | None = None) -> Tensor:
+        """time_embedding: [B, 4 * C] for a modulated block, else None."""
+        if self.scale_shift_table is None:
+            first = second = pixel_norm_silu
+        else:
+            rows = modulation_rows(self.scale_shift_table, time_embedding)
+            first = partial(pixel_norm_silu, modulation=(rows[0], rows[1]))
+            second = partial(pixel_norm_silu, modulation=(rows[2], rows[3]))
+        h = self.conv1(x, memory, last, first)
+        h = self.conv2(h, memory, last, second)
+        return h.add_(memory.delay(self, x, h.shape[2], last))
+
+
+def modulation_rows(table: Tensor, time_embedding: Tensor) -> tuple[Tensor, ...]:
+    """Rows of ``table`` [R, C] plus ``time_embedding`` [B, R * C]: R tensors [B, C, 1, 1, 1]."""
+    rows = table + time_embedding.unflatten(1, table.shape)
+    return rows[..., None, None, None].unbind(1)
+
+
+class ResStack(nn.Module):
+    """Residual blocks of one width, with one time embedding for all of them where the decoder is conditioned."""
+
+    def __init__(self, channels: int, num_layers: int, *, padding_mode: str, causal: bool, modulated: bool = False):
+        super().__init__()
+        self.time_embedder = TimeEmbedder(4 * channels) if modulated else None
+        self.res_blocks = nn.ModuleList(
+            ResBlock(channels, padding_mode=padding_mode, causal=causal, modulated=modulated) for _ in range(num_layers)
+        )
+
+
+class Downsample(nn.Module):
+    """Space-to-depth down-sampling: folded convolution plus folded input averaged over groups of channels."""
+
+    def __init__(self, config: ResampleConfig, *, padding_mode: str):
+        super().__init__()
+        self.config = config
+        folded = config.out_channels // math.prod(config.stride)
+        self.conv = TimeConv3d(config.in_channels, folded, padding_mode=padding_mode, causal=True)
+
+    def forward(self, x: Tensor, memory: Memory, last: bool) -> Tensor:
+        """Needs 1 + s * k frames in the first piece and s * k in later ones, s being the stride along time."""
+        stride = self.config.stride
+        if stride[0] == 2 and memory.first(self):
+            x = torch.cat((x[:, :, :1], x), dim=2)
+        skip = space_to_depth(x, stride).unflatten(1, (self.config.out_channels, -1)).mean(dim=2)
+        return space_to_depth(self.conv(x, memory, last), stride).add_(skip)
+
+
+class Upsample(nn.Module):
+    """Depth-to-space up-sampling: unfolded convolution, plus the unfolded input where ``config.residual`` says so."""
+
+    def __init__(self, config: ResampleConfig, *, padding_mode: str, causal: bool):
+        super().__init__()
+        self.config = config
+        folded = config.out_channels * math.prod(config.stride)
+        self.conv = TimeConv3d(config.in_channels, folded, padding_mode=padding_mode, causal=causal)
+
+    def forward(self, x: Tensor, memory: Memory, last: bool) -> Tensor:
+        """T frames become T, or 2T - 1 over the whole clip where time is up-sampled: the first one is dropped."""
+        stride = self.config.stride
+        y = self.conv(x, memory, last)
+        source = memory.delay(self, x, y.shape[2], last) if self.config.residual else None
+        y = depth_to_space(y, stride)
+        if source is not None:
+            skip = depth_to_space(source, stride)
+            # the skip's channels repeat as a block: output channel c takes skip channel c mod skip channels
+            y.unflatten(1, (-1, skip.shape[1])).add_(skip.unsqueeze(1))
+        if stride[0] == 2 and y.shape[2] and memory.first(self):
+            y = y[:, :, 1:]
+        return y
+
+
+class TimeEmbedder(nn.Module):
+    """The decode timestep as a vector: 256 sinusoids (cosines first), two linear layers with SiLU between."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.timestep_embedder = nn.Module()
+        self.timestep_embedder.linear_1 = nn.Linear(256, channels)
+        self.timestep_embedder.linear_2 = nn.Linear(channels, channels)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """timestep: [B], already scaled. Returns [B, channels] in the weights' dtype; sinusoids in fp32."""
+        exponents = torch.arange(128, device=timestep.device, dtype=torch.float32) / 128
+        angles = timestep.float()[:, None] * torch.exp(-math.log(10000) * exponents)
+        linear_1, linear_2 = self.timestep_embedder.linear_1, self.timestep_embedder.linear_2
+        wave = torch.cat((angles.cos(), angles.sin()), dim=1).to(linear_1.weight.dtype)
+        return linear_2(F.silu(linear_1(wave)))
+
+
+class PerChannelStatistics(nn.Module):
+    """Mean and deviation of every latent channel. Outside the VAE latents are always the normalised ones."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean-of-means", torch.zeros(channels))
+        self.register_buffer("std-of-means", torch.ones(channels))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(x - mean) / std of [B, C, F, H, W], in the dtype of ``x``."""
+        mean, std = self._columns(x)
+        return (x - mean) / std
+
+    def unnormalize(self, x: Tensor) -> Tensor:
+        """x * std + mean of [B, C, F, H, W], in the dtype of ``x``."""
+        mean, std = self._columns(x)
+        return x * std + mean
+
+    def _columns(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # the statistics take the latent's dtype before they are used, as in the released implementation
+        mean, std = self.get_buffer("mean-of-means"), self.get_buffer("std-of-means")
+        return mean.to(x).view(1, -1, 1, 1, 1), std.to(x).view(1, -1, 1, 1, 1)

@@ -1,0 +1,306 @@
+"""How a clip is encoded or decoded within the memory at hand: plans, tiles and their blending.
+
+Time needs no tiles, streaming along it is exact. Space is cut into overlapping tiles only where a stream of the whole
+picture does not fit; neighbours are blended with masks that sum to one. Tile arithmetic is that of ltx-core 1.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config.video_vae import VideoVAEConfig
+from .video_decoder import DECODE_TIMESTEP, DEFAULT_CHUNK_FRAMES, Noise, VideoDecoder
+from .video_encoder import VideoEncoder
+from .video_memory import LayerCost, decoder_costs, encoder_costs, streamed_bytes, whole_bytes
+from .video_streaming import Memory, flow
+
+CHOICES = ("auto", "none", "temporal", "spatial")
+OVERLAP = 2
+TILE_SIZES = (24, 16, 12, 8)
+"""Long side of a tile in latent cells, best first: 768, 512, 384 and 256 pixels."""
+
+OnChunk = Callable[[int, int], None]
+"""(frames done, frames in all); called after every chunk, may raise to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A tile's extent [begin, end) along one axis; ``left`` and ``right`` are the cells shared with its neighbours."""
+
+    begin: int
+    end: int
+    left: int = 0
+    right: int = 0
+
+    def scaled(self, factor: int) -> Interval:
+        """The same interval in units ``factor`` times finer."""
+        return Interval(self.begin * factor, self.end * factor, self.left * factor, self.right * factor)
+
+    def mask(self, device: torch.device | None = None) -> Tensor:
+        """Blending weights [end - begin], fp32: 1 inside, falling over the shared cells without reaching 0."""
+        weights = torch.ones(self.end - self.begin, device=device)
+        if self.left:
+            weights[: self.left] = _ramp(self.left, device)
+        if self.right:
+            # one minus the neighbour's ramp rather than a mirrored ramp: the two then sum to exactly 1
+            weights[-self.right :] = 1 - _ramp(self.right, device)
+        return weights
+
+    @property
+    def cells(self) -> slice:
+        return slice(self.begin, self.end)
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """How one encode or decode runs.
+
+    chunk_frames: pixel frames in work at once when streamed along time; None: the whole clip at once.
+    tile: (height, width) of a spatial tile in latent cells; None: the whole picture.
+    overlap: latent cells that neighbouring tiles share.
+    park: keep a tile's stream in host memory while the other tiles run.
+    """
+
+    chunk_frames: int | None = None
+    tile: tuple[int, int] | None = None
+    overlap: int = OVERLAP
+    park: bool = False
+
+    def __post_init__(self) -> None:
+        if self.chunk_frames is not None and self.chunk_frames < 1:
+            raise ValueError(f"a chunk holds at least one frame, got {self.chunk_frames}")
+        if self.tile is not None and (self.overlap < 1 or min(self.tile) < 2 * self.overlap):
+            raise ValueError(
+                f"tiles of {self.tile[0]}x{self.tile[1]} latent cells with overlap {self.overlap}: the overlap must be "
+                "at least 1 and at most half a tile"
+            )
+
+    def tiles(self, height: int, width: int) -> list[tuple[Interval, Interval]]:
+        """Rows and columns of every tile of a latent picture, in reading order."""
+        tile_height, tile_width = self.tile or (height, width)
+        rows = intervals(height, tile_height, self.overlap)
+        columns = intervals(width, tile_width, self.overlap)
+        return [(row, column) for row in rows for column in columns]
+
+
+def intervals(length: int, tile: int, overlap: int) -> tuple[Interval, ...]:
+    """Cut an axis into intervals of ``tile`` cells that share ``overlap`` cells; the last one may be shorter."""
+    if length <= tile:
+        return (Interval(0, length),)
+    stride = tile - overlap
+    count = (length + tile - 2 * overlap - 1) // stride
+    return tuple(
+        Interval(
+            index * stride,
+            min(index * stride + tile, length),
+            overlap if index else 0,
+            overlap if index < count - 1 else 0,
+        )
+        for index in range(count)
+    )
+
+
+def plan_decode(
+    config: VideoVAEConfig,
+    latent_shape: tuple[int, ...],
+    dtype_bytes: int,
+    free_bytes: int | None,
+    choice: str = "auto",
+) -> TilePlan:
+    """Choose how to decode latents of ``latent_shape`` (B, C, F, H, W).
+
+    dtype_bytes: bytes of one activation element. free_bytes: free device memory, None when unknown.
+    choice: "none" (whole clip), "temporal" (streamed along time), "spatial" (streamed, and tiled in space), or "auto":
+    the first of these that fits comfortably; streamed when the free memory is unknown.
+    """
+    batch, _, latent_frames, height, width = latent_shape
+    decoder = config.decoder
+    costs = decoder_costs(decoder)
+    factor = decoder.temporal_factor
+    # fp32 pixels of one frame of one latent cell: what comes out and what is blended lie beside the activations
+    frame_bytes = 4 * decoder.out_channels * decoder.spatial_factor**2
+    whole = whole_bytes(costs, batch * height * width, latent_frames, dtype_bytes)
+    whole += 2 * frame_bytes * batch * height * width * latent_frames * factor
+    return _plan(costs, (batch, height, width), factor, frame_bytes, dtype_bytes, whole, free_bytes, choice, park=True)
+
+
+def plan_encode(
+    config: VideoVAEConfig,
+    pixel_shape: tuple[int, ...],
+    dtype_bytes: int,
+    free_bytes: int | None,
+    choice: str = "auto",
+) -> TilePlan:
+    """Choose how to encode pixels of ``pixel_shape`` (B, 3, F, H, W); arguments as for ``plan_decode``."""
+    batch, _, frames, height, width = pixel_shape
+    encoder = config.encoder
+    # the encoder's layers are measured per patch and pixel frame, tiles in latent cells
+    patches = (encoder.spatial_factor // encoder.patch_size) ** 2
+    costs = [
+        LayerCost(cost.inputs * patches, cost.outputs * patches, cost.kept * patches, cost.rate)
+        for cost in encoder_costs(encoder)
+    ]
+    cells = (batch, height // encoder.spatial_factor, width // encoder.spatial_factor)
+    frame_bytes = 4 * encoder.in_channels * encoder.spatial_factor**2
+    whole = whole_bytes(costs, cells[0] * cells[1] * cells[2], frames, dtype_bytes)
+    # tiles are encoded one after the other, so there is nothing to park
+    return _plan(costs, cells, 1, frame_bytes, dtype_bytes, whole, free_bytes, choice, park=False)
+
+
+def _plan(
+    costs: list[LayerCost],
+    shape: tuple[int, int, int],
+    frames_per_unit: int,
+    frame_bytes: int,
+    dtype_bytes: int,
+    whole: int,
+    free_bytes: int | None,
+    choice: str,
+    *,
+    park: bool,
+) -> TilePlan:
+    """shape: (batch, height, width) in latent cells. frames_per_unit: pixel frames per frame in the units of costs."""
+    if choice not in CHOICES:
+        raise ValueError(f"tiling {choice!r} is not known; choose one of {', '.join(CHOICES)}")
+    batch, height, width = shape
+    # half of the memory is comfortable for a whole clip; a stream's estimate is closer, so it may use more
+    if choice == "none" or (choice == "auto" and free_bytes is not None and whole <= free_bytes * 0.5):
+        return TilePlan()
+    budget = None if free_bytes is None else free_bytes * 0.8
+
+    def streamed(cells: int, chunk_frames: int) -> float:
+        pixels = frame_bytes * batch * height * width * chunk_frames
+        return streamed_bytes(costs, cells, chunk_frames / frames_per_unit, dtype_bytes) + pixels
+
+    default = DEFAULT_CHUNK_FRAMES
+    if choice != "spatial":
+        sizes = (4 * default, 2 * default, default)
+        fitting = [n for n in sizes if budget is not None and streamed(batch * height * width, n) <= budget]
+        if fitting:
+            return TilePlan(fitting[0])
+        if choice == "temporal" or budget is None:
+            return TilePlan(default)
+    candidates = [_tile(height, width, size) for size in TILE_SIZES]
+    fitting = [t for t in candidates if budget is None or streamed(batch * t[0] * t[1], default) <= budget]
+    tile = fitting[0] if fitting else candidates[-1]
+    plan = TilePlan(default, tile)
+    if not park or budget is None:
+        return plan
+    kept = sum(cost.kept for cost in costs) * batch * dtype_bytes
+    kept_by_others = kept * (sum(_area(pair) for pair in plan.tiles(height, width)) - tile[0] * tile[1])
+    return TilePlan(default, tile, park=kept_by_others + streamed(batch * tile[0] * tile[1], default) > budget)
+
+
+def _area(tile: tuple[Interval, Interval]) -> int:
+    rows, columns = tile
+    return (rows.end - rows.begin) * (columns.end - columns.begin)
+
+
+def _tile(height: int, width: int, long_side: int) -> tuple[int, int]:
+    """A tile in the picture's proportions, its sides cut so that all tiles of an axis are nearly equal."""
+    longest = max(height, width)
+    sides = (max(2 * OVERLAP, round(long_side * side / longest)) for side in (height, width))
+    even = []
+    for length, side in zip((height, width), sides, strict=True):
+        count = len(intervals(length, side, OVERLAP))
+        even.append(side if count == 1 else -(-(length + OVERLAP * (count - 1)) // count))
+    return even[0], even[1]
+
+
+def decode(
+    decoder: VideoDecoder,
+    latents: Tensor,
+    plan: TilePlan,
+    on_chunk: OnChunk | None = None,
+    *,
+    decode_timestep: float = DECODE_TIMESTEP,
+    noise: Noise = None,
+) -> Iterator[Tensor]:
+    """Decode normalised latents [B, C, F, H, W]; yield finished pixels [B, 3, f, 32 H, 32 W] in order of time.
+
+    Chunks lie on the decoder's device, in its dtype or, where tiles were blended, in fp32. Exact along time; tiles
+    equal the whole picture away from their seams. ``decode_timestep`` and ``noise`` as in ``VideoDecoder``.
+    """
+    total = decoder.config.temporal_factor * (latents.shape[2] - 1) + 1
+    if plan.tile is None:
+        chunks = decoder.stream(latents, plan.chunk_frames, decode_timestep=decode_timestep, noise=noise)
+    else:
+        chunks = _decode_tiles(decoder, decoder.prepare(latents, noise), plan, decode_timestep)
+    done = 0
+    for chunk in chunks:
+        done += chunk.shape[2]
+        if on_chunk is not None:
+            on_chunk(done, total)
+        yield chunk
+
+
+def _decode_tiles(decoder: VideoDecoder, z: Tensor, plan: TilePlan, decode_timestep: float) -> Iterator[Tensor]:
+    """Run the tiles in lockstep: every stream gives its next frames before any goes on, so they can be blended."""
+    factor, height, width = decoder.config.spatial_factor, *z.shape[3:]
+    tiles = plan.tiles(height, width)
+    steps = decoder.steps(decode_timestep)
+    memories = [Memory() for _ in tiles]
+    streams = [
+        flow(steps, z[:, :, :, rows.cells, columns.cells], memory, True, plan.chunk_frames)
+        for (rows, columns), memory in zip(tiles, memories, strict=True)
+    ]
+    while True:
+        canvas: Tensor | None = None
+        for (rows, columns), memory, stream in zip(tiles, memories, streams, strict=True):
+            if plan.park:
+                memory.move(z.device)
+            pixels = next(stream, None)
+            if plan.park:
+                memory.move(torch.device("cpu"))
+            if pixels is None:
+                # streams give out frames in the same portions whatever the tile's size, so they end together
+                assert canvas is None
+                return
+            if canvas is None:
+                shape = (*pixels.shape[:3], height * factor, width * factor)
+                canvas = torch.zeros(shape, dtype=torch.float32, device=z.device)
+            _blend(canvas, pixels, rows.scaled(factor), columns.scaled(factor))
+        yield canvas
+
+
+def encode(encoder: VideoEncoder, pixels: Tensor, plan: TilePlan, on_chunk: OnChunk | None = None) -> Tensor:
+    """Encode pixels [B, 3, F, H, W] in [-1, 1], on any device, to normalised latents in the encoder's dtype.
+
+    With tiles, ``on_chunk`` counts the frames of every tile. Raises ValueError as ``VideoEncoder`` does.
+    """
+    factor, frames = encoder.config.spatial_factor, pixels.shape[2]
+    chunk_frames = plan.chunk_frames or frames + encoder.config.temporal_factor
+    height, width = pixels.shape[3] // factor, pixels.shape[4] // factor
+    tiles = plan.tiles(height, width)
+    canvas: Tensor | None = None
+    for index, (rows, columns) in enumerate(tiles):
+        cut = pixels[:, :, :, rows.scaled(factor).cells, columns.scaled(factor).cells] if plan.tile else pixels
+        chunks = []
+        done = 0
+        for chunk in encoder.stream(cut, chunk_frames):
+            chunks.append(chunk)
+            done += chunk.shape[2]
+            if on_chunk is not None:
+                frames_done = encoder.config.temporal_factor * (done - 1) + 1
+                on_chunk(index * frames + frames_done, len(tiles) * frames)
+        latents = torch.cat(chunks, dim=2)
+        if len(tiles) == 1:
+            return latents
+        if canvas is None:
+            canvas = torch.zeros((*latents.shape[:3], height, width), dtype=torch.float32, device=latents.device)
+        _blend(canvas, latents, rows, columns)
+    return canvas.to(latents.dtype)
+
+
+def _blend(canvas: Tensor, tile: Tensor, rows: Interval, columns: Interval) -> None:
+    """Add a tile, weighted in fp32, to its place on the canvas."""
+    mask = rows.mask(tile.device)[:, None] * columns.mask(tile.device)
+    canvas[:, :, :, rows.cells, columns.cells] += tile * mask
+
+
+def _ramp(length: int, device: torch.device | None) -> Tensor:
+    return torch.arange(1, length + 1, dtype=torch.float32, device=device) / (length + 1)
