@@ -132,9 +132,11 @@ def _run_workflow(options: argparse.Namespace, nodes: Mapping[str, type], report
 def _node_table(nodes: Mapping[str, type] | None) -> Mapping[str, type]:
     from .nodes.runner.core_nodes import CORE_NODES
 
-    if nodes is None:
-        from .nodes import NODE_CLASS_MAPPINGS as nodes
-    return {**CORE_NODES, **nodes}
+    if nodes is not None:
+        return {**CORE_NODES, **nodes}
+    from .nodes import NODE_CLASS_MAPPINGS
+
+    return {**CORE_NODES, **NODE_CLASS_MAPPINGS}
 
 
 def _tiny(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int:
@@ -158,9 +160,7 @@ class _Report:
 
     def event(self, type: str, **fields: Any) -> None:
         if self._json:
-            # `type` of an output entry is its folder; the event's own type comes last and wins
-            folder = {"folder": fields["type"]} if "type" in fields else {}
-            self._line({"schema": "event/1", **fields, **folder, "type": type, "prompt_id": self._prompt_id})
+            self._line({"schema": "event/1", "type": type, **fields, "prompt_id": self._prompt_id})
 
     def success(self, result: Any) -> None:
         files = [str(path) for path in result.files]

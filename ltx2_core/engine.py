@@ -268,14 +268,16 @@ class LocalEngine:
     def _decode_video(self, video: Tensor, clip: ClipShape, choice: str) -> Tensor:
         plan_for = partial(tiling.plan_decode, self.config.video_vae, tuple(video.shape), self.dtype.itemsize)
         component = self._networks["video_decoder"]
-        decoder = component.use(0)
+        # the memory of a stream is asked for; what is free beyond it decides whether the clip decodes at once
+        decoder = component.use(plan_for(None, choice).work_bytes)
         plan = plan_for(host().free_bytes(str(self.device)), choice)
         _LOG.info("decoding %s", plan)
         latents = video.to(self.device, self.dtype)
         frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3)
         done = 0
         with host().progress(clip.frames, "decoding video") as progress:
-            noise = generator(_DECODER_NOISE_SEED, self.device)
+            conditioned = self.config.video_vae.decoder.timestep_conditioning
+            noise = generator(_DECODER_NOISE_SEED, self.device) if conditioned else None
             for chunk in tiling.decode(decoder, latents, plan, lambda count, _: progress.to(count), noise=noise):
                 picture = ((chunk.float() + 1) / 2).clamp(0, 1)
                 frames[:, done : done + chunk.shape[2]] = picture.permute(0, 2, 3, 4, 1).cpu()

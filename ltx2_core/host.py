@@ -318,7 +318,7 @@ class StandaloneHost:
         """A display of ``total`` steps. ``node_id`` defaults to the node that is running."""
         if self._progress == "bar":
             return _Bar(self, total, label)
-        if self._progress == "json":
+        if self._progress == "json" and self._on_event is not None:
             return _Events(self, total, node_id or self.current_node, self._on_event)
         return _Quiet(self, total)
 
@@ -366,7 +366,8 @@ class StandaloneHost:
         return self._folders[kind]
 
     def _listed(self, kind: str, pick: Callable[[Path, list[str]], list[Path]]) -> list[str]:
-        allowed, names = self._allowed(), set()
+        allowed = self._allowed()
+        names: set[str] = set()
         for folder in self._kind(kind):
             for directory, files in walk_files(folder, allowed):
                 names.update(path.relative_to(folder).as_posix() for path in pick(directory, files))

@@ -105,7 +105,8 @@ def _open_image(path: Path) -> PIL.Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise MediaError(f"{path.name} has {width} x {height} pixels; at most {MAX_PIXELS} are read")
-            return ImageOps.exif_transpose(image)
+            image.load()
+            return ImageOps.exif_transpose(image) or image
     except Image.DecompressionBombError as error:
         raise MediaError(f"{path.name} is too large: {error}; at most {MAX_PIXELS} pixels are read") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
@@ -214,13 +215,13 @@ def write_video(
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise MediaError(f"a video needs frames [F, H, W, 3], found {tuple(frames.shape)}")
     rate = frame_rate(fps)
-    samples = None if audio is None else _fitted(audio, Fraction(len(frames)) / rate)
+    duration = Fraction(len(frames)) / rate
     options = {"movflags": "use_metadata_tags+faststart"}
     with _replacing(path) as part, av.open(str(part), "w", format="mp4", options=options) as container:
         for key, value in (metadata or {}).items():
             container.metadata[key] = json.dumps(value)
         video = _video_stream(container, rate, frames.shape[2], frames.shape[1])
-        sound = None if samples is None else _SoundTrack(container, samples, int(audio["sample_rate"]))
+        sound = None if audio is None else _SoundTrack(container, audio, duration)
         for index, frame in enumerate(frames):
             container.mux(video.encode(_video_frame(frame, index)))
             if sound is not None:
@@ -268,7 +269,8 @@ def _video_frame(frame: Tensor, index: int) -> av.VideoFrame:
 class _SoundTrack:
     """The AAC stream of a container, written in step with the pictures so that both interleave."""
 
-    def __init__(self, container: av.container.OutputContainer, samples: np.ndarray, rate: int):
+    def __init__(self, container: av.container.OutputContainer, audio: Audio, duration: Fraction):
+        samples, rate = _fitted(audio, duration), int(audio["sample_rate"])
         self._container, self._samples, self._rate, self._written = container, samples, rate, 0
         self._layout = "mono" if len(samples) == 1 else "stereo"
         coded_rate = rate if rate in AAC_RATES else AAC_FALLBACK_RATE

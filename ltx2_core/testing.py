@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 
@@ -28,3 +31,15 @@ def cosine(got: Tensor, want: Tensor) -> float:
     """Cosine between two tensors, in float64."""
     a, b = got.double().flatten(), want.double().flatten()
     return float((a @ b) / (a.norm() * b.norm()))
+
+
+def unfold_blocks(tensors: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """Repeat each entry named ``...transformer_blocks.N...`` for blocks 0 to num_layers - 1; others stay as they are."""
+    mark = "transformer_blocks.N."
+    once = {name: value for name, value in tensors.items() if mark not in name}
+    return once | {
+        name.replace(mark, f"transformer_blocks.{i}."): value
+        for i in range(num_layers)
+        for name, value in tensors.items()
+        if mark in name
+    }

@@ -127,6 +127,8 @@ def _fill(key: str, shape: tuple[int, ...], model: ModelConfig, generator: torch
     fixed = _fixed(key, shape, model)
     if fixed is not None:
         return fixed.reshape(shape).to(torch.bfloat16)
+    if len(shape) == 5:
+        return _smooth_kernel(key, shape, generator).to(torch.bfloat16)
     values = torch.randn(shape, generator=generator)
     last = key.rsplit(".", 1)[-1]
     if "scale_shift_table" in last:
@@ -168,5 +170,30 @@ def _fan_in(key: str, shape: tuple[int, ...]) -> int:
 
 
 def _gain(key: str) -> float:
-    """Louder output layers, so that the demo's picture has contrast and its sound a level."""
-    return {"conv_post.weight": 0.3, "decoder.conv_out.conv.weight": 0.6}.get(".".join(key.split(".")[-2:]), 1.0)
+    """Quiet residual branches and output layers, so that the demo's sound has a level and does not clip."""
+    for part, gain in (("bwe_generator.conv_post", 0.02), ("conv_post", 0.15), (".convs2.", 0.2)):
+        if part in key:
+            return gain
+    return 1.0
+
+
+def _smooth_kernel(key: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A video convolution [out, in, 3, 3, 3] that mixes channels and blurs.
+
+    Sub-pixels of an up-sampler share their mix, so that the demo's picture has shapes in place of static.
+    """
+    sub_pixels = _sub_pixels(key, shape)
+    mix = torch.randn(shape[0] // sub_pixels, shape[1], generator=generator).repeat_interleave(sub_pixels, 0)
+    blur = torch.tensor([0.25, 0.5, 0.25])
+    kernel = torch.einsum("oi,t,y,x->oityx", mix, blur, blur, blur)
+    gain = 0.3 if ".conv2." in key else 1.5
+    return gain * (kernel + 0.02 * torch.randn(shape, generator=generator)) / math.sqrt(shape[1])
+
+
+def _sub_pixels(key: str, shape: tuple[int, ...]) -> int:
+    if key.startswith("vae.decoder.conv_out."):
+        return 16
+    if key.startswith("vae.decoder.up_blocks.") and ".res_blocks." not in key:
+        # the released up-samplers: all axes (multiplier 1 and 2), space, time
+        return {8: 8, 4: 8, 2: 4, 1: 2}[shape[0] // shape[1]]
+    return 1

@@ -41,6 +41,7 @@ class ComfyProgress:
         from comfy.utils import ProgressBar
 
         self._bar = ProgressBar(total, node_id=node_id)
+        self._shown: tuple[int, int] | None = None
 
     def __enter__(self) -> ComfyProgress:
         self.to(0)
@@ -53,7 +54,11 @@ class ComfyProgress:
         self.to(self._bar.current + n)
 
     def to(self, value: int, total: int | None = None) -> None:
-        self._bar.update_absolute(value, total)
+        # ComfyUI sends every report of a full bar, and a loader reports the same full bar many times
+        shown = value, self._bar.total if total is None else total
+        if shown != self._shown:
+            self._shown = shown
+            self._bar.update_absolute(*shown)
         _check_interrupt()
 
 

@@ -1,5 +1,6 @@
-"""The pack under its canonical name, and the repository kept off the import path."""
+"""The pack under its canonical name, the repository kept off the import path, and the oracles."""
 
+import importlib.machinery
 import pathlib
 import sys
 import types
@@ -17,32 +18,31 @@ if "ltx2_engine" not in sys.modules:
     sys.modules["ltx2_engine"] = package
 
 
-def _stub_torchaudio() -> None:
-    """Stand in for torchaudio, which cannot be imported beside a CPU build of torch; only its mel front end is lost."""
-    import importlib.machinery
+def _stand_in_for_torchaudio() -> None:
+    """ltx-core imports torchaudio for its mel front end only, and it cannot be loaded beside a CPU build of torch."""
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError):
+        for name in ("torchaudio", "torchaudio.transforms", "torchaudio.functional"):
+            module = types.ModuleType(name)
+            # transformers asks for the spec of what it finds
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            sys.modules[name] = module
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], child, module)
 
-    if "torchaudio" in sys.modules:
-        return
-    names = ("torchaudio", "torchaudio.transforms", "torchaudio.functional")
-    modules = {name: types.ModuleType(name) for name in names}
-    for name, module in modules.items():
-        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        if "." in name:
-            setattr(modules["torchaudio"], name.split(".")[1], module)
-    sys.modules.update(modules)
+
+_stand_in_for_torchaudio()
 
 
 @pytest.fixture(scope="session")
 def diffusers():
     """The diffusers oracle; tests that use it skip where it is not installed."""
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    module = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    # after both imports, and before diffusers imports its models on first use
-    _stub_torchaudio()
-    return module
+    return pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 
 @pytest.fixture(scope="session")
-def ltx_core(diffusers):
-    """The ltx-core oracle, importable without torchaudio; tests that use it skip where it is not installed."""
+def ltx_core():
+    """The ltx-core oracle; tests that use it skip where it is not installed."""
     return pytest.importorskip("ltx_core", reason="ltx-core is not installed")

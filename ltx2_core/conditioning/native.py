@@ -10,7 +10,6 @@ from ..av import AV
 from ..shapes import VIDEO_SPACE_FACTOR, VIDEO_TIME_FACTOR, ClipShape
 from .latent import AVLatent
 
-
 Pair = tuple[Tensor, Tensor | None]
 
 

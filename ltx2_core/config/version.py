@@ -124,8 +124,8 @@ def layout(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> 
         return "2.3"
     if "vocoder.resblocks.0.convs1.0.weight" in bare:
         return "2.0"
-    deepest = bare.get("encoder.down_blocks.8.res_blocks.0.conv1.conv.weight", ())[:1]
-    return {(2048,): "2.0", (1024,): "2.3"}.get(deepest)
+    deepest = bare.get("encoder.down_blocks.8.res_blocks.0.conv1.conv.weight")
+    return {2048: "2.0", 1024: "2.3"}.get(deepest[0]) if deepest else None
 
 
 def _bare(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from .fields import ConfigError, Section
 
 _LOG = logging.getLogger("ltx2.vae")
 
+PaddingMode = Literal["zeros", "reflect"]
 _PADDING_MODES = ("zeros", "reflect")
 _STRIDES = {"compress_space": (1, 2, 2), "compress_time": (2, 1, 1), "compress_all": (2, 2, 2)}
 _ENCODER_BLOCKS = ("res_x", *(f"{name}_res" for name in _STRIDES))
@@ -47,7 +48,7 @@ class VideoEncoderConfig:
     latent_channels: int
     patch_size: int
     base_channels: int
-    padding_mode: str
+    padding_mode: PaddingMode
     blocks: tuple[BlockConfig, ...]
 
     @property
@@ -91,7 +92,7 @@ class VideoDecoderConfig:
     out_channels: int
     patch_size: int
     bottleneck_channels: int
-    padding_mode: str
+    padding_mode: PaddingMode
     causal: bool
     timestep_conditioning: bool
     blocks: tuple[BlockConfig, ...]

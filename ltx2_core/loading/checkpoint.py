@@ -11,8 +11,10 @@ import logging
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -240,7 +242,7 @@ def _read_tensors(
         raise _error(checkpoint.path, f"reading failed ({error.strerror or error})", "check the disk") from error
 
 
-def _read_tensor(file: BinaryIO, checkpoint: Checkpoint, info: TensorInfo, on_bytes: Callable[[int], None]) -> Tensor:
+def _read_tensor(file: FileIO, checkpoint: Checkpoint, info: TensorInfo, on_bytes: Callable[[int], None]) -> Tensor:
     torch_name = _DTYPES[info.dtype][0]
     torch_dtype = getattr(torch, torch_name, None)
     if torch_dtype is None:
@@ -248,7 +250,7 @@ def _read_tensor(file: BinaryIO, checkpoint: Checkpoint, info: TensorInfo, on_by
             checkpoint.path, f"tensor {_shown(info.name)} is {info.dtype}", f"torch lacks {torch_name}: update it"
         )
     data = torch.empty(info.size_bytes, dtype=torch.uint8)
-    buffer = memoryview(data.numpy())
+    buffer = data.numpy().data
     file.seek(info.begin)
     done = 0
     while done < len(buffer):
@@ -273,7 +275,7 @@ def _ignore(count: int) -> None:
 
 def _header_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
     prefix = file.read(512)
-    if len(prefix) < 8:
+    if len(prefix) <= 8:
         problem = "the file is empty" if not prefix else f"the file has only {len(prefix)} bytes"
         raise _error(path, problem, f"{_disguise(prefix) or 'the download is incomplete'}; {_AGAIN}")
     length = int.from_bytes(prefix[:8], "little")
@@ -328,8 +330,8 @@ def _parse_json(text: str, parse_float: Callable[[str], Any]) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {_shown(next(key for key in keys if keys.count(key) > 1))} stands twice")
+        twice, count = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {_shown(twice)} stands there {count} times")
     return found
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-_TRANSFORMER = "model.diffusion_model."
+from ..config.version import TRANSFORMER_PREFIX as _TRANSFORMER
+
 _CONNECTORS = (
     (_TRANSFORMER + "video_embeddings_connector.", "connectors.video."),
     (_TRANSFORMER + "audio_embeddings_connector.", "connectors.audio."),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config.video_vae import ResampleConfig
-from .video_streaming import Memory
+from ..config.video_vae import PaddingMode, ResampleConfig
+from .video_streaming import Layer, Memory
 
 # cuDNN and PyTorch index convolutions with 32 bits
 MAX_CONV_ELEMENTS = 2**31 - 1
@@ -54,6 +54,7 @@ def pixel_norm_silu(x: Tensor, out: Tensor, modulation: Modulation | None = None
     """Write SiLU(x / rms(x) * (1 + scale) + shift) to ``out``, the root mean square taken over channels.
 
     Every operation rounds to the activation's dtype, as in the released implementation.
+    Writes in place, so it runs without gradients only.
     """
     rms = x.square().mean(dim=1, keepdim=True).add_(1e-8).sqrt_()
     torch.div(x, rms, out=out)
@@ -74,7 +75,7 @@ class TimeConv3d(nn.Module):
     layer gives one frame less for a first piece and one more for a last one.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, padding_mode: str, causal: bool):
+    def __init__(self, in_channels: int, out_channels: int, *, padding_mode: PaddingMode, causal: bool):
         super().__init__()
         self.causal = causal
         self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=(0, 1, 1), padding_mode=padding_mode)
@@ -117,7 +118,7 @@ class TimeConv3d(nn.Module):
 class ResBlock(nn.Module):
     """x + conv2(act(conv1(act(x)))), act = pixel norm, optional modulation by the decode timestep, SiLU."""
 
-    def __init__(self, channels: int, *, padding_mode: str, causal: bool, modulated: bool = False):
+    def __init__(self, channels: int, *, padding_mode: PaddingMode, causal: bool, modulated: bool = False):
         super().__init__()
         self.conv1 = TimeConv3d(channels, channels, padding_mode=padding_mode, causal=causal)
         self.conv2 = TimeConv3d(channels, channels, padding_mode=padding_mode, causal=causal)
@@ -126,9 +127,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory, last: bool, time_embedding: Tensor | None = None) -> Tensor:
         """time_embedding: [B, 4 * C] for a modulated block, else None."""
-        if self.scale_shift_table is None:
-            first = second = pixel_norm_silu
-        else:
+        first: Callable[[Tensor, Tensor], None] = pixel_norm_silu
+        second: Callable[[Tensor, Tensor], None] = pixel_norm_silu
+        if self.scale_shift_table is not None:
+            assert time_embedding is not None
             rows = modulation_rows(self.scale_shift_table, time_embedding)
             first = partial(pixel_norm_silu, modulation=(rows[0], rows[1]))
             second = partial(pixel_norm_silu, modulation=(rows[2], rows[3]))
@@ -146,18 +148,26 @@ def modulation_rows(table: Tensor, time_embedding: Tensor) -> tuple[Tensor, ...]
 class ResStack(nn.Module):
     """Residual blocks of one width, with one time embedding for all of them where the decoder is conditioned."""
 
-    def __init__(self, channels: int, num_layers: int, *, padding_mode: str, causal: bool, modulated: bool = False):
+    def __init__(
+        self, channels: int, num_layers: int, *, padding_mode: PaddingMode, causal: bool, modulated: bool = False
+    ):
         super().__init__()
         self.time_embedder = TimeEmbedder(4 * channels) if modulated else None
         self.res_blocks = nn.ModuleList(
             ResBlock(channels, padding_mode=padding_mode, causal=causal, modulated=modulated) for _ in range(num_layers)
         )
 
+    def bound(self, time: Tensor) -> list[Layer]:
+        """The blocks of a modulated stack, bound to the scaled decode timestep [B]."""
+        assert self.time_embedder is not None
+        embedding = self.time_embedder(time)
+        return [partial(res_block, time_embedding=embedding) for res_block in self.res_blocks]
+
 
 class Downsample(nn.Module):
     """Space-to-depth down-sampling: folded convolution plus folded input averaged over groups of channels."""
 
-    def __init__(self, config: ResampleConfig, *, padding_mode: str):
+    def __init__(self, config: ResampleConfig, *, padding_mode: PaddingMode):
         super().__init__()
         self.config = config
         folded = config.out_channels // math.prod(config.stride)
@@ -175,7 +185,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Depth-to-space up-sampling: unfolded convolution, plus the unfolded input where ``config.residual`` says so."""
 
-    def __init__(self, config: ResampleConfig, *, padding_mode: str, causal: bool):
+    def __init__(self, config: ResampleConfig, *, padding_mode: PaddingMode, causal: bool):
         super().__init__()
         self.config = config
         folded = config.out_channels * math.prod(config.stride)
@@ -201,17 +211,24 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.timestep_embedder = nn.Module()
-        self.timestep_embedder.linear_1 = nn.Linear(256, channels)
-        self.timestep_embedder.linear_2 = nn.Linear(channels, channels)
+        self.timestep_embedder = _TimestepMLP(channels)
 
     def forward(self, timestep: Tensor) -> Tensor:
         """timestep: [B], already scaled. Returns [B, channels] in the weights' dtype; sinusoids in fp32."""
         exponents = torch.arange(128, device=timestep.device, dtype=torch.float32) / 128
         angles = timestep.float()[:, None] * torch.exp(-math.log(10000) * exponents)
-        linear_1, linear_2 = self.timestep_embedder.linear_1, self.timestep_embedder.linear_2
-        wave = torch.cat((angles.cos(), angles.sin()), dim=1).to(linear_1.weight.dtype)
-        return linear_2(F.silu(linear_1(wave)))
+        wave = torch.cat((angles.cos(), angles.sin()), dim=1)
+        return self.timestep_embedder(wave)
+
+
+class _TimestepMLP(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(256, channels)
+        self.linear_2 = nn.Linear(channels, channels)
+
+    def forward(self, wave: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(wave.to(self.linear_1.weight.dtype))))
 
 
 class PerChannelStatistics(nn.Module):

@@ -7,7 +7,7 @@ picture does not fit; neighbours are blended with masks that sum to one. Tile ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,14 +41,18 @@ class Interval:
         return Interval(self.begin * factor, self.end * factor, self.left * factor, self.right * factor)
 
     def mask(self, device: torch.device | None = None) -> Tensor:
-        """Blending weights [end - begin], fp32: 1 inside, falling over the shared cells without reaching 0."""
-        weights = torch.ones(self.end - self.begin, device=device)
+        """Blending weights [length], fp32: 1 inside, falling over the shared cells without reaching 0."""
+        weights = torch.ones(self.length, device=device)
         if self.left:
             weights[: self.left] = _ramp(self.left, device)
         if self.right:
             # one minus the neighbour's ramp rather than a mirrored ramp: the two then sum to exactly 1
             weights[-self.right :] = 1 - _ramp(self.right, device)
         return weights
+
+    @property
+    def length(self) -> int:
+        return self.end - self.begin
 
     @property
     def cells(self) -> slice:
@@ -63,12 +67,14 @@ class TilePlan:
     tile: (height, width) of a spatial tile in latent cells; None: the whole picture.
     overlap: latent cells that neighbouring tiles share.
     park: keep a tile's stream in host memory while the other tiles run.
+    work_bytes: estimate of the device memory needed beside the weights; 0 when nobody estimated.
     """
 
     chunk_frames: int | None = None
     tile: tuple[int, int] | None = None
     overlap: int = OVERLAP
     park: bool = False
+    work_bytes: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         if self.chunk_frames is not None and self.chunk_frames < 1:
@@ -113,19 +119,26 @@ def plan_decode(
 ) -> TilePlan:
     """Choose how to decode latents of ``latent_shape`` (B, C, F, H, W).
 
-    dtype_bytes: bytes of one activation element. free_bytes: free device memory, None when unknown.
+    dtype_bytes: bytes of one activation element. free_bytes: free device memory without the weights, None when unknown.
     choice: "none" (whole clip), "temporal" (streamed along time), "spatial" (streamed, and tiled in space), or "auto":
-    the first of these that fits comfortably; streamed when the free memory is unknown.
+    the first of these that fits comfortably; streamed when the free memory is unknown. Where nothing fits, the
+    smallest plan of the choice.
+    Raises ValueError for another choice.
     """
     batch, _, latent_frames, height, width = latent_shape
     decoder = config.decoder
-    costs = decoder_costs(decoder)
-    factor = decoder.temporal_factor
-    # fp32 pixels of one frame of one latent cell: what comes out and what is blended lie beside the activations
-    frame_bytes = 4 * decoder.out_channels * decoder.spatial_factor**2
-    whole = whole_bytes(costs, batch * height * width, latent_frames, dtype_bytes)
-    whole += 2 * frame_bytes * batch * height * width * latent_frames * factor
-    return _plan(costs, (batch, height, width), factor, frame_bytes, dtype_bytes, whole, free_bytes, choice, park=True)
+    sizes = _Sizes(
+        costs=decoder_costs(decoder),
+        batch=batch,
+        height=height,
+        width=width,
+        frames=latent_frames,
+        pixel_frames_per_frame=decoder.temporal_factor,
+        pixel_bytes=4 * decoder.out_channels * decoder.spatial_factor**2,
+        dtype_bytes=dtype_bytes,
+        tiles_in_lockstep=True,
+    )
+    return _choose(sizes, free_bytes, choice)
 
 
 def plan_encode(
@@ -135,69 +148,97 @@ def plan_encode(
     free_bytes: int | None,
     choice: str = "auto",
 ) -> TilePlan:
-    """Choose how to encode pixels of ``pixel_shape`` (B, 3, F, H, W); arguments as for ``plan_decode``."""
+    """Choose how to encode pixels of ``pixel_shape`` (B, 3, F, H, W); the rest as for ``plan_decode``."""
     batch, _, frames, height, width = pixel_shape
     encoder = config.encoder
-    # the encoder's layers are measured per patch and pixel frame, tiles in latent cells
+    # layers are measured per patch of pixels, tiles in latent cells
     patches = (encoder.spatial_factor // encoder.patch_size) ** 2
-    costs = [
-        LayerCost(cost.inputs * patches, cost.outputs * patches, cost.kept * patches, cost.rate)
-        for cost in encoder_costs(encoder)
-    ]
-    cells = (batch, height // encoder.spatial_factor, width // encoder.spatial_factor)
-    frame_bytes = 4 * encoder.in_channels * encoder.spatial_factor**2
-    whole = whole_bytes(costs, cells[0] * cells[1] * cells[2], frames, dtype_bytes)
-    # tiles are encoded one after the other, so there is nothing to park
-    return _plan(costs, cells, 1, frame_bytes, dtype_bytes, whole, free_bytes, choice, park=False)
+    sizes = _Sizes(
+        costs=[
+            LayerCost(cost.inputs * patches, cost.outputs * patches, cost.kept * patches, cost.rate)
+            for cost in encoder_costs(encoder)
+        ],
+        batch=batch,
+        height=height // encoder.spatial_factor,
+        width=width // encoder.spatial_factor,
+        frames=frames,
+        pixel_frames_per_frame=1,
+        pixel_bytes=4 * encoder.in_channels * encoder.spatial_factor**2,
+        dtype_bytes=dtype_bytes,
+        tiles_in_lockstep=False,
+    )
+    return _choose(sizes, free_bytes, choice)
 
 
-def _plan(
-    costs: list[LayerCost],
-    shape: tuple[int, int, int],
-    frames_per_unit: int,
-    frame_bytes: int,
-    dtype_bytes: int,
-    whole: int,
-    free_bytes: int | None,
-    choice: str,
-    *,
-    park: bool,
-) -> TilePlan:
-    """shape: (batch, height, width) in latent cells. frames_per_unit: pixel frames per frame in the units of costs."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """What the plans for one clip are estimated from.
+
+    height, width: in latent cells. frames: in the units of ``costs``. pixel_bytes: fp32 pixels of one frame of one
+    latent cell, which lie beside the activations.
+    """
+
+    costs: list[LayerCost]
+    batch: int
+    height: int
+    width: int
+    frames: int
+    pixel_frames_per_frame: int
+    pixel_bytes: int
+    dtype_bytes: int
+    tiles_in_lockstep: bool
+
+    def whole(self) -> TilePlan:
+        cells = self.batch * self.height * self.width
+        work = whole_bytes(self.costs, cells, self.frames, self.dtype_bytes)
+        return TilePlan(work_bytes=work + self._pixels(self.frames * self.pixel_frames_per_frame))
+
+    def streamed(self, chunk_frames: int) -> TilePlan:
+        return TilePlan(chunk_frames, work_bytes=self._stream(chunk_frames, self.height, self.width))
+
+    def tiled(self, chunk_frames: int, long_side: int, *, park: bool) -> TilePlan:
+        tile = _tile(self.height, self.width, long_side)
+        work = self._stream(chunk_frames, *tile)
+        if self.tiles_in_lockstep and not park:
+            areas = [
+                rows.length * columns.length for rows, columns in TilePlan(tile=tile).tiles(self.height, self.width)
+            ]
+            kept = sum(cost.kept for cost in self.costs) * self.batch * self.dtype_bytes
+            work += int(kept * (sum(areas) - max(areas)))
+        return TilePlan(chunk_frames, tile, park=park, work_bytes=work)
+
+    def _stream(self, chunk_frames: int, height: int, width: int) -> int:
+        chunk = chunk_frames / self.pixel_frames_per_frame
+        work = streamed_bytes(self.costs, self.batch * height * width, chunk, self.dtype_bytes)
+        return work + self._pixels(chunk_frames)
+
+    def _pixels(self, pixel_frames: int) -> int:
+        # a second copy exists while pieces are put together
+        return 2 * self.pixel_bytes * self.batch * self.height * self.width * pixel_frames
+
+
+def _choose(sizes: _Sizes, free_bytes: int | None, choice: str) -> TilePlan:
     if choice not in CHOICES:
         raise ValueError(f"tiling {choice!r} is not known; choose one of {', '.join(CHOICES)}")
-    batch, height, width = shape
-    # half of the memory is comfortable for a whole clip; a stream's estimate is closer, so it may use more
-    if choice == "none" or (choice == "auto" and free_bytes is not None and whole <= free_bytes * 0.5):
-        return TilePlan()
-    budget = None if free_bytes is None else free_bytes * 0.8
-
-    def streamed(cells: int, chunk_frames: int) -> float:
-        pixels = frame_bytes * batch * height * width * chunk_frames
-        return streamed_bytes(costs, cells, chunk_frames / frames_per_unit, dtype_bytes) + pixels
-
-    default = DEFAULT_CHUNK_FRAMES
-    if choice != "spatial":
-        sizes = (4 * default, 2 * default, default)
-        fitting = [n for n in sizes if budget is not None and streamed(batch * height * width, n) <= budget]
-        if fitting:
-            return TilePlan(fitting[0])
-        if choice == "temporal" or budget is None:
-            return TilePlan(default)
-    candidates = [_tile(height, width, size) for size in TILE_SIZES]
-    fitting = [t for t in candidates if budget is None or streamed(batch * t[0] * t[1], default) <= budget]
-    tile = fitting[0] if fitting else candidates[-1]
-    plan = TilePlan(default, tile)
-    if not park or budget is None:
-        return plan
-    kept = sum(cost.kept for cost in costs) * batch * dtype_bytes
-    kept_by_others = kept * (sum(_area(pair) for pair in plan.tiles(height, width)) - tile[0] * tile[1])
-    return TilePlan(default, tile, park=kept_by_others + streamed(batch * tile[0] * tile[1], default) > budget)
+    plans: list[TilePlan] = []
+    if choice in ("auto", "none"):
+        plans.append(sizes.whole())
+    if choice in ("auto", "temporal"):
+        plans.extend(sizes.streamed(factor * DEFAULT_CHUNK_FRAMES) for factor in (4, 2, 1))
+    if choice in ("auto", "spatial"):
+        # parked tiles cross the bus for every chunk, so any size that needs none comes first
+        parking = (False, True) if sizes.tiles_in_lockstep else (False,)
+        plans.extend(
+            sizes.tiled(DEFAULT_CHUNK_FRAMES, long_side, park=park) for park in parking for long_side in TILE_SIZES
+        )
+    if free_bytes is None:
+        return next((plan for plan in plans if plan.chunk_frames == DEFAULT_CHUNK_FRAMES), plans[0])
+    return next((plan for plan in plans if plan.work_bytes <= _share(plan) * free_bytes), plans[-1])
 
 
-def _area(tile: tuple[Interval, Interval]) -> int:
-    rows, columns = tile
-    return (rows.end - rows.begin) * (columns.end - columns.begin)
+def _share(plan: TilePlan) -> float:
+    """The part of the free memory that a plan may take: a whole clip only where it is comfortable."""
+    return 0.5 if plan.chunk_frames is None else 0.8
 
 
 def _tile(height: int, width: int, long_side: int) -> tuple[int, int]:
@@ -264,6 +305,7 @@ def _decode_tiles(decoder: VideoDecoder, z: Tensor, plan: TilePlan, decode_times
                 shape = (*pixels.shape[:3], height * factor, width * factor)
                 canvas = torch.zeros(shape, dtype=torch.float32, device=z.device)
             _blend(canvas, pixels, rows.scaled(factor), columns.scaled(factor))
+        assert canvas is not None
         yield canvas
 
 
@@ -293,6 +335,7 @@ def encode(encoder: VideoEncoder, pixels: Tensor, plan: TilePlan, on_chunk: OnCh
         if canvas is None:
             canvas = torch.zeros((*latents.shape[:3], height, width), dtype=torch.float32, device=latents.device)
         _blend(canvas, latents, rows, columns)
+    assert canvas is not None
     return canvas.to(latents.dtype)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from .layers import (
     unpatchify,
 )
 from .video_memory import decoder_costs
-from .video_streaming import Memory, Step, flow
+from .video_streaming import Layer, Memory, Step, flow
 
 DEFAULT_CHUNK_FRAMES = 8
 DECODE_TIMESTEP = 0.05
@@ -66,9 +66,10 @@ class VideoDecoder(nn.Module):
 
         latents: normalised [B, C, F, H, W].
         decode_timestep, noise: used by a timestep-conditioned decoder only, which mixes 2.5 % noise into the latents.
-            noise is a tensor shaped like ``latents`` or a generator; None draws from a generator with seed 42.
+            noise is a tensor shaped like ``latents`` or a generator; None draws from a generator with seed 42. Other
+            decoders leave a generator untouched and refuse a tensor.
         Returns pixels [B, 3, 8 * (F - 1) + 1, 32 * H, 32 * W], nominally in [-1, 1], in the weights' dtype.
-        Raises ValueError for latents that do not fit, and for noise that the decoder would not use.
+        Raises ValueError for latents or noise that do not fit.
         """
         frames = self.stream(latents, None, decode_timestep=decode_timestep, noise=noise)
         return torch.cat(list(frames), dim=2)
@@ -95,27 +96,24 @@ class VideoDecoder(nn.Module):
         z = latents.to(weight.device, weight.dtype)
         if self.config.timestep_conditioning:
             z = _noise_like(z, noise) * DECODE_NOISE_SCALE + (1.0 - DECODE_NOISE_SCALE) * z
-        elif noise is not None:
+        elif isinstance(noise, Tensor):
             raise ValueError("this video VAE has no timestep conditioning, so its decoder takes no noise")
         return self.per_channel_statistics.unnormalize(z)
 
     def steps(self, decode_timestep: float = DECODE_TIMESTEP) -> list[Step]:
         """The layers for ``flow``, from prepared latents to pixels, bound to one decode timestep."""
-        time = self._time(decode_timestep) if self.config.timestep_conditioning else None
-        layers = [self.conv_in]
-        for block in self.up_blocks:
-            if not isinstance(block, ResStack):
-                layers.append(block)
-            elif time is None:
-                layers.extend(block.res_blocks)
-            else:
-                embedding = block.time_embedder(time)
-                layers.extend(partial(res_block, time_embedding=embedding) for res_block in block.res_blocks)
-        modulation = None
-        if time is not None:
+        layers: list[Layer] = [self.conv_in]
+        tail_write: Callable[[Tensor, Tensor], None] = pixel_norm_silu
+        if self.config.timestep_conditioning:
+            time = self._time(decode_timestep)
+            for block in self.up_blocks:
+                layers.extend(block.bound(time) if isinstance(block, ResStack) else [block])
             shift, scale = modulation_rows(self.last_scale_shift_table, self.last_time_embedder(time))
-            modulation = (shift, scale)
-        layers.append(partial(self._tail, write=partial(pixel_norm_silu, modulation=modulation)))
+            tail_write = partial(pixel_norm_silu, modulation=(shift, scale))
+        else:
+            for block in self.up_blocks:
+                layers.extend(block.res_blocks if isinstance(block, ResStack) else [block])
+        layers.append(partial(self._tail, write=tail_write))
         costs = decoder_costs(self.config)
         finest = costs[-1].inputs
         return [Step(layer, max(cost.inputs, cost.outputs) / finest) for layer, cost in zip(layers, costs, strict=True)]
@@ -124,7 +122,7 @@ class VideoDecoder(nn.Module):
         multiplier = self.timestep_scale_multiplier
         return torch.full((1,), decode_timestep, dtype=multiplier.dtype, device=multiplier.device) * multiplier
 
-    def _tail(self, x: Tensor, memory: Memory, last: bool, write: partial[None]) -> Tensor:
+    def _tail(self, x: Tensor, memory: Memory, last: bool, write: Callable[[Tensor, Tensor], None]) -> Tensor:
         return unpatchify(self.conv_out(x, memory, last, write), self.config.patch_size)
 
     def _check(self, latents: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config.video_vae import ResStackConfig, VideoEncoderConfig
 from .layers import Downsample, PerChannelStatistics, ResStack, TimeConv3d, patchify, pixel_norm_silu
-from .video_streaming import Memory, Step, flow, with_last
+from .video_streaming import Layer, Memory, Step, flow, with_last
 
 
 class HasEncoderConfig(Protocol):
@@ -66,7 +66,7 @@ class VideoEncoder(nn.Module):
             yield from flow(steps, piece, memory, last)
 
     def _steps(self) -> list[Step]:
-        layers = [self._head]
+        layers: list[Layer] = [self._head]
         for block in self.down_blocks:
             layers.extend(block.res_blocks if isinstance(block, ResStack) else [block])
         return [Step(layer, 1.0) for layer in (*layers, self._tail)]

@@ -53,15 +53,18 @@ class Memory:
         self.waiting = [(index, piece.to(device), last) for index, piece, last in self.waiting]
 
 
+Layer = Callable[[Tensor, Memory, bool], Tensor]
+"""(piece, memory, last) -> piece; may return zero frames while it waits for later ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One layer of a network.
 
-    run: (piece, memory, last) -> piece; may return zero frames while it waits for later ones.
     relative_size: elements of one input frame, or of what it becomes, relative to a frame of the finest stage.
     """
 
-    run: Callable[[Tensor, Memory, bool], Tensor]
+    run: Layer
     relative_size: float
 
 

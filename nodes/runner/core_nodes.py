@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
-from ...ltx2_core.host import PathError, host
+from ...ltx2_core.host import PathError, StandaloneHost, host
 from ..fields import BOOL, COMBO, FLOAT, INT, LINK, STRING
 
 PREFIX_TIP = "Where to save below the output folder; a counter is appended."
@@ -24,7 +24,7 @@ def _check_input(name: str) -> bool | str:
 
 def _input_files() -> list[str]:
     """What the input folder offers. Only the standalone host is asked: in ComfyUI its own nodes run."""
-    return host().list_inputs()
+    return cast(StandaloneHost, host()).list_inputs()
 
 
 class LoadImage:

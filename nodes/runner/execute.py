@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...ltx2_core.host import StandaloneHost, use_host
-from .schema import Input, NodeTable, Prompt, hidden_of, inputs_of, is_link, title_of
+from .schema import Input, NodeClass, NodeTable, Prompt, hidden_of, inputs_of, is_link, title_of
 
 _LOG = logging.getLogger("ltx2.runner")
 
@@ -111,7 +111,7 @@ class _Run:
 
     # the graph
 
-    def _class(self, node_id: str) -> type:
+    def _class(self, node_id: str) -> NodeClass:
         return self._nodes[self._prompt[node_id]["class_type"]]
 
     def _links(self, node_id: str) -> list[tuple[Input, str]]:
@@ -191,7 +191,7 @@ class _Run:
 
     def _instance(self, node_id: str) -> Any:
         if node_id not in self._instances:
-            self._instances[node_id] = self._guarded(node_id, self._class(node_id))
+            self._instances[node_id] = self._guarded(node_id, self._class(node_id), {})
         return self._instances[node_id]
 
     def _run_node(self, node_id: str) -> None:
@@ -227,10 +227,10 @@ class _Run:
         results = []
         for call in calls or [{}]:
             self._host.check_interrupt()
-            results.append(self._guarded(node_id, getattr(node, method), **call))
+            results.append(self._guarded(node_id, getattr(node, method), call))
         return results
 
-    def _guarded(self, node_id: str, function: Callable[..., Any], **arguments: Any) -> Any:
+    def _guarded(self, node_id: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         try:
             result = function(**arguments)
             if inspect.iscoroutine(result):
@@ -283,17 +283,17 @@ class _Run:
         for entry in (entry for key in FILE_LISTS for entry in ui.get(key, ())):
             if not isinstance(entry, Mapping) or "filename" not in entry:
                 continue
-            folder = folders.get(entry.get("type", "output")) or self._host.temp_dir()
-            path = folder / entry.get("subfolder", "") / entry["filename"]
+            place, subfolder = entry.get("type", "output"), entry.get("subfolder", "")
+            path = (folders.get(place) or self._host.temp_dir()) / subfolder / entry["filename"]
             self.files.append(path)
-            self._event("output", node=node_id, path=str(path), **entry)
+            self._event("output", node=node_id, path=str(path), folder=place)
 
     def _failure(self, node_id: str, reason: str) -> NodeFailed:
         node = self._prompt[node_id]
         return NodeFailed(node_id, node["class_type"], title_of(node), reason)
 
 
-def _columns(rows: list[tuple[Any, ...]], node_class: type) -> list[list[Any]]:
+def _columns(rows: list[tuple[Any, ...]], node_class: NodeClass) -> list[list[Any]]:
     """One list a slot: the items of all calls, spread where ``OUTPUT_IS_LIST`` says so."""
     width = len(node_class.RETURN_TYPES)
     spread = getattr(node_class, "OUTPUT_IS_LIST", (False,) * width)

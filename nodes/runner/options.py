@@ -68,7 +68,7 @@ def parse_setting(text: str, prompt: Prompt, nodes: NodeTable) -> Setting:
 
 
 def _declared(node_id: str, prompt: Prompt, nodes: NodeTable) -> dict[str, Input]:
-    class_type = prompt[node_id].get("class_type")
+    class_type = str(prompt[node_id].get("class_type"))
     if class_type not in nodes:
         raise OptionError(f"node {node_id} has the class {class_type!r}, which is not known here")
     return inputs_of(nodes[class_type])
@@ -104,11 +104,13 @@ def _value(raw: str, field: Input, text: str) -> Any:
     if field.type == "BOOLEAN":
         return _switch(raw, text)
     parsed = _json_or_text(raw)
-    if field.choices is not None:
-        return parsed if parsed in field.choices and raw not in field.choices else raw
     if field.type == "STRING":
         return parsed if isinstance(parsed, str) else raw
-    return {"__value__": parsed} if isinstance(parsed, list) else parsed
+    if isinstance(parsed, list):
+        return {"__value__": parsed}  # a bare list would be taken for a link
+    if field.choices is not None:
+        return parsed if parsed in field.choices and raw not in field.choices else raw
+    return parsed
 
 
 def _switch(raw: str, text: str) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-NodeTable = Mapping[str, type]
+NodeClass = Any  # a V1 node class is known by its attributes only
+NodeTable = Mapping[str, NodeClass]
 Prompt = dict[str, dict[str, Any]]
 
 CONSTANTS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -47,7 +48,7 @@ class Input:
         return bool(self.options.get("rawLink"))
 
 
-def inputs_of(node: type) -> dict[str, Input]:
+def inputs_of(node: NodeClass) -> dict[str, Input]:
     """The required and optional inputs of a node class, in declared order."""
     declared = node.INPUT_TYPES()
     return {
@@ -57,7 +58,7 @@ def inputs_of(node: type) -> dict[str, Input]:
     }
 
 
-def hidden_of(node: type) -> dict[str, str]:
+def hidden_of(node: NodeClass) -> dict[str, str]:
     """Parameter name to token, such as ``{"unique_id": "UNIQUE_ID"}``."""
     return dict(node.INPUT_TYPES().get("hidden", {}))
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from .schema import Input, NodeTable, Prompt, hidden_of, inputs_of, is_slot, named_parameters, title_of
+from .schema import Input, NodeClass, NodeTable, Prompt, hidden_of, inputs_of, is_slot, named_parameters, title_of
 from .workflow import WorkflowError
 
 _LOG = logging.getLogger("ltx2.runner")
@@ -58,7 +58,7 @@ def _find_outputs(prompt: Prompt, nodes: NodeTable) -> list[str]:
             message = f"Node '{title or class_type}' not found. The custom node may not be installed."
         else:
             continue
-        extra = {"node_id": node_id, "class_type": class_type, "node_title": title or class_type}
+        extra: dict[str, Any] = {"node_id": node_id, "class_type": class_type, "node_title": title or class_type}
         raise WorkflowError("missing_node_type", message, f"Node ID '#{node_id}'", **extra)
     outputs = [node_id for node_id, node in prompt.items() if getattr(nodes[node["class_type"]], "OUTPUT_NODE", False)]
     if not outputs:
@@ -269,7 +269,7 @@ def _custom(
     named: set[str],
     any_name: bool,
     values: dict[str, Any],
-    node_class: type,
+    node_class: NodeClass,
     received: dict[str, Any],
 ) -> list[Problem]:
     """The problems that the node's own ``VALIDATE_INPUTS`` finds: one for each input that it was given."""

@@ -1,15 +1,7 @@
-"""transformers without a torchaudio that cannot be loaded, and a tiny text encoder."""
-
-import sys
+"""A tiny text encoder."""
 
 import pytest
 import torch
-
-try:
-    import torchaudio  # noqa: F401
-except (ImportError, OSError):
-    # an installed but unloadable torchaudio (beside a CPU build of torch) breaks importing Gemma from transformers
-    sys.modules["torchaudio"] = None
 
 
 @pytest.fixture(scope="session")

@@ -210,7 +210,8 @@ def test_auto_takes_the_first_plan_that_fits():
     assert plan_decode(vae, shape, 2, 16 * GIB) == TilePlan(32)
     assert plan_decode(vae, shape, 2, 8 * GIB) == TilePlan(8)
     assert plan_decode(vae, shape, 2, None) == TilePlan(8)
-    small = plan_decode(vae, shape, 2, 4 * GIB)
+    assert plan_decode(vae, shape, 2, 0) == TilePlan(8, (5, 8), park=True)
+    small = plan_decode(vae, shape, 2, 3 * GIB)
     assert small.tile is not None
     assert small.park
     assert plan_encode(vae, (1, 3, 121, 1088, 1920), 2, 80 * GIB) == TilePlan()
@@ -230,6 +231,17 @@ def test_a_choice_is_obeyed_whatever_the_memory():
         assert spatial.tile is not None
     with pytest.raises(ValueError, match="'both' is not known; choose one of auto, none, temporal, spatial"):
         plan_decode(vae, shape, 2, None, "both")
+
+
+def test_less_memory_never_gives_a_larger_plan():
+    vae = config("2.3", tiny=False)
+    for plan, shape in ((plan_decode, (1, 128, 16, 34, 60)), (plan_encode, (1, 3, 121, 1088, 1920))):
+        for choice in ("auto", "temporal", "spatial"):
+            plans = [plan(vae, shape, 2, free, choice) for free in range(0, 64 * GIB, GIB)]
+            sizes = [plan.work_bytes for plan in plans]
+            assert sizes == sorted(sizes)
+            assert sizes[0] > 0
+            assert all(plan.work_bytes <= gib * GIB for gib, plan in enumerate(plans) if gib >= 8)
 
 
 def test_plans_that_cannot_blend_are_refused():

@@ -59,6 +59,7 @@ def progress(host: Any) -> dict[str, Any]:
         bar.step()
         bar.to(2, total=5)
         bar.step(3)
+        bar.to(5)
     return {"events": events}
 
 
