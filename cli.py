@@ -85,7 +85,10 @@ def _reported_run(options: argparse.Namespace, nodes: Mapping[str, type] | None,
         report.success(_run_workflow(options, _node_table(nodes), report))
         return OK
     except WorkflowError as error:
-        report.failure(error.type, "\n".join(error.lines()), error.body)
+        lines = error.lines()
+        if any(line.endswith(" not in []") for line in lines):
+            lines.append("hint: an empty list [] means that no file was found; name the folders: --models, --input")
+        report.failure(error.type, "\n".join(lines), error.body)
         return INVALID
     except (OptionError, PathError) as error:
         report.failure("invalid_option", str(error))

@@ -59,10 +59,12 @@ class Component(Generic[M]):
                 progress.to(min(total, read // _PROGRESS_UNIT))
 
             try:
-                return self._load(on_bytes)
+                network = self._load(on_bytes)
             except BaseException:
                 host().retire(self)
                 raise
+            progress.to(total)
+            return network
 
     def bytes_on(self, device: str) -> int:
         return self.weight_bytes if self._network is not None and device == self.device else 0

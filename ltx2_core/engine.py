@@ -271,7 +271,7 @@ class LocalEngine:
         # the memory of a stream is asked for; what is free beyond it decides whether the clip decodes at once
         decoder = component.use(plan_for(None, choice).work_bytes)
         plan = plan_for(host().free_bytes(str(self.device)), choice)
-        _LOG.info("decoding %s", plan)
+        _LOG.info("decoding video %s", plan)
         latents = video.to(self.device, self.dtype)
         frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3)
         done = 0

@@ -620,11 +620,12 @@ class _Bar(_Quiet):
 class _Events(_Quiet):
     def __init__(self, host: StandaloneHost, total: int, node_id: str | None, on_event: Event):
         super().__init__(host, total)
-        self._node_id, self._on_event, self._last = node_id, on_event, float("-inf")
+        self._node_id, self._on_event = node_id, on_event
+        self._sent, self._when = (-1, -1), float("-inf")
 
     def _show(self) -> None:
-        now = time.monotonic()
-        if now - self._last < 0.1 and 0 < self._value < self._total:
+        state, now = (self._value, self._total), time.monotonic()
+        if state == self._sent or (now - self._when < 0.1 and 0 < self._value < self._total):
             return
-        self._last = now
+        self._sent, self._when = state, now
         self._on_event("progress", node=self._node_id, completed=self._value, total=self._total)

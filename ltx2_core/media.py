@@ -126,7 +126,7 @@ def _to_srgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if profile:
         with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a broken profile is as good as none
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            plain = ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB") or plain
     return plain.convert("RGB")
 
 

@@ -46,3 +46,33 @@ def diffusers():
 def ltx_core():
     """The ltx-core oracle; tests that use it skip where it is not installed."""
     return pytest.importorskip("ltx_core", reason="ltx-core is not installed")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """A model folder with the tiny checkpoints of 2.0 and 2.3 and the tiny text encoder."""
+    from ltx2_engine.ltx2_core.tiny import write_tiny_set
+
+    root = tmp_path_factory.mktemp("models")
+    for label in ("2.0", "2.3"):
+        write_tiny_set(root, label)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_models):
+    """A function from a version to the float32 CPU engine of its tiny checkpoint."""
+    from ltx2_engine.ltx2_core.engine import open_engine
+    from ltx2_engine.ltx2_core.model_spec import ModelSpec
+    from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file
+
+    engines = {}
+
+    def engine(label):
+        if label not in engines:
+            checkpoint = tiny_models / "checkpoints" / checkpoint_file(label)
+            encoder = tiny_models / "text_encoders" / TEXT_ENCODER
+            engines[label] = open_engine(ModelSpec.of(checkpoint, encoder, dtype="float32", device="cpu"))
+        return engines[label]
+
+    return engine

@@ -190,9 +190,8 @@ def _compare(
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    with torch.inference_mode(False):
-        is_parameter = leaf in owner._parameters
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+    is_parameter = leaf in owner._parameters
+    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
 def _first(names: Sequence[str]) -> str:

@@ -85,6 +85,14 @@ class TilePlan:
                 "at least 1 and at most half a tile"
             )
 
+    def __str__(self) -> str:
+        time = "the whole clip at once" if self.chunk_frames is None else f"{self.chunk_frames} frames at a time"
+        if self.tile is None:
+            return time
+        rows, columns = self.tile
+        parked = ", parked in host memory" if self.park else ""
+        return f"{time}, in tiles of {rows}x{columns} latent cells{parked}"
+
     def tiles(self, height: int, width: int) -> list[tuple[Interval, Interval]]:
         """Rows and columns of every tile of a latent picture, in reading order."""
         tile_height, tile_width = self.tile or (height, width)

@@ -196,7 +196,6 @@ class _Run:
 
     def _run_node(self, node_id: str) -> None:
         node_class = self._class(node_id)
-        self._host.check_interrupt()
         self._host.current_node = node_id
         self._event("executing", node=node_id, class_type=self._prompt[node_id]["class_type"])
         returned = self._call(node_id, node_class.FUNCTION)

@@ -75,9 +75,10 @@ def test_2_5_without_the_keyframe_marker_is_still_2_5():
     assert recognise({}, shapes).label == "2.5"
 
 
-def test_a_mixture_of_releases_is_named_with_its_features():
-    shapes = transformer_shapes("2.3") | {PREFIX + "transformer_blocks.0.scale_shift_table": [6, 4096]}
-    with pytest.raises(VersionError, match=r"table of 6 rows .*gates present, caption projection absent"):
+@pytest.mark.parametrize("rows", [6, 12])
+def test_a_mixture_of_releases_is_named_with_its_features(rows):
+    shapes = transformer_shapes("2.3") | {PREFIX + "transformer_blocks.0.scale_shift_table": [rows, 4096]}
+    with pytest.raises(VersionError, match=rf"table of {rows} rows .*gates present, caption projection absent"):
         recognise({}, shapes)
     assert looks_like({}, shapes) == "an LTX-2 transformer of no released version"
 

@@ -217,4 +217,7 @@ def test_write_replaces_whole_files_and_leaves_nothing_behind(tmp_path):
     assert path.read_bytes() == before
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
         write_checkpoint(tmp_path / "model.pt", {"w": shared}, {})
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    (tmp_path / "taken.safetensors").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        write_checkpoint(tmp_path / "taken.safetensors", {"w": shared}, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "taken.safetensors"]

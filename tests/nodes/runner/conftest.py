@@ -1,6 +1,9 @@
 """Toy nodes: small classes that use every part of the node contract."""
 
 import gc
+import os
+import pathlib
+import sys
 import weakref
 
 import pytest
@@ -304,3 +307,29 @@ def toys():
     Show.seen.clear()
     Blob.alive.clear()
     return dict(TOYS)
+
+
+@pytest.fixture(scope="module")
+def comfy():
+    """ComfyUI's ``execution`` and ``nodes`` modules, in process, without a server."""
+    root = pathlib.Path(os.environ.get("COMFYUI_PATH", pathlib.Path.home() / "comfy" / "ComfyUI"))
+    if not (root / "execution.py").is_file():
+        pytest.skip("no ComfyUI tree (set COMFYUI_PATH)")
+    sys.path.insert(0, str(root))
+    try:
+        from comfy.cli_args import args
+
+        args.cpu = True
+        import execution
+
+        import nodes
+
+        yield execution, nodes
+    except ImportError as error:
+        pytest.skip(f"ComfyUI's requirements are not installed: {error}")
+    finally:
+        sys.path.remove(str(root))
+        # the pack takes a loaded ComfyUI for its host, so no later test may see it
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", "")).startswith(str(root)):
+                del sys.modules[name]

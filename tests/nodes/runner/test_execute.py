@@ -1,5 +1,9 @@
 """Execution semantics, on toy nodes."""
 
+import asyncio
+import copy
+import types
+
 import pytest
 import torch
 from ltx2_engine.ltx2_core.host import Interrupted, StandaloneHost, host
@@ -263,3 +267,52 @@ def test_events_tell_the_story_in_order(toys, tmp_path):
         ("output", {"node": "2", "path": str(tmp_path / "s" / "a.png"), "folder": "output"}),
         ("executed", {"node": "2"}),
     ]
+
+
+SAME_IN_COMFYUI = {
+    "diamond": {
+        "1": node("Number", value=2),
+        "2": node("Join", a=["1", 0], b=["1", 0]),
+        "3": node("Show", value=["2", 0]),
+        "4": node("Show", value=["1", 0]),
+    },
+    "converted": {"1": node("Number", value="3", scale="2"), "2": node("Show", value=["1", 0])},
+    "async_and_slots": {"1": node("Thing"), "2": node("Show", value=["1", 1]), "3": node("Show", value=["1", 0])},
+    "spread": {
+        "1": node("Spread", count=4),
+        "2": node("Spread", count=2),
+        "3": node("Join", a=["1", 0], b=["2", 0]),
+        "4": node("Show", value=["3", 0]),
+        "5": node("Show", value=["1", 1]),
+    },
+    "gather": {
+        "1": node("Spread", count=4),
+        "2": node("Gather", values=["1", 0], plus=10),
+        "3": node("Show", value=["2", 0]),
+    },
+    "lazy": {
+        "1": node("Number", value=3),
+        "2": node("Fail", how="raise"),
+        "3": node("Switch", first=True, a=["1", 0], b=["2", 0]),
+        "4": node("Show", value=["3", 0]),
+    },
+    "raw_link": {"1": node("Number", value=3), "2": node("Raw", link=["1", 0]), "3": node("Show", value=["2", 0])},
+    "wrapped_list": {"2": node("Show", value={"__value__": [1, 2, 3]})},
+}
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("name", SAME_IN_COMFYUI)
+def test_comfyui_gives_the_same_results(name, toys, comfy, monkeypatch):
+    execution, nodes = comfy
+    monkeypatch.setattr(nodes, "NODE_CLASS_MAPPINGS", toys)
+    prompt = SAME_IN_COMFYUI[name]
+    theirs = copy.deepcopy(prompt)
+    accepted, _, outputs, _ = asyncio.run(execution.validate_prompt("id", theirs, None))
+    assert accepted
+    server = types.SimpleNamespace(client_id=None, last_node_id=None, send_sync=lambda *message: None)
+    sizes = {"ram": 0, "ram_inactive": 0, "lru": 0}
+    executor = execution.PromptExecutor(server, cache_type=execution.CacheType.CLASSIC, cache_args=sizes)
+    executor.execute(theirs, "id", {}, outputs)
+    assert executor.success
+    assert run(prompt, toys).outputs == executor.history_result["outputs"]

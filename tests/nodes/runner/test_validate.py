@@ -3,9 +3,6 @@
 import asyncio
 import copy
 import json
-import os
-import pathlib
-import sys
 
 import pytest
 from ltx2_engine.nodes.runner.validate import validate
@@ -247,32 +244,6 @@ def test_non_finite_json_constants_reach_the_check(toys):
     (problem,) = raised.value.body["node_errors"]["1"]["errors"]
     assert problem["type"] == "invalid_input_type"
     assert "not a finite number" in problem["details"]
-
-
-@pytest.fixture(scope="module")
-def comfy():
-    """ComfyUI's own validation, in process, without a server."""
-    root = pathlib.Path(os.environ.get("COMFYUI_PATH", pathlib.Path.home() / "comfy" / "ComfyUI"))
-    if not (root / "execution.py").is_file():
-        pytest.skip("no ComfyUI tree (set COMFYUI_PATH)")
-    sys.path.insert(0, str(root))
-    try:
-        from comfy.cli_args import args
-
-        args.cpu = True
-        import execution
-
-        import nodes
-
-        yield execution, nodes
-    except ImportError as error:
-        pytest.skip(f"ComfyUI's requirements are not installed: {error}")
-    finally:
-        sys.path.remove(str(root))
-        # the pack takes a loaded ComfyUI for its host, so no later test may see it
-        for name, module in list(sys.modules.items()):
-            if str(getattr(module, "__file__", "")).startswith(str(root)):
-                del sys.modules[name]
 
 
 @pytest.mark.comfy

@@ -1,0 +1,107 @@
+"""A full-size model without its files: real headers over empty space on disk, random weights made on the GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pack  # noqa: F401
+import torch
+from ltx2_engine.ltx2_core.config.model import ModelConfig
+from ltx2_engine.ltx2_core.config.released import released_config
+from ltx2_engine.ltx2_core.loading import checkpoint as checkpoint_module
+from ltx2_engine.ltx2_core.loading.keymap import checkpoint_name
+from ltx2_engine.ltx2_core.networks import NETWORKS, build_on_meta
+from ltx2_engine.ltx2_core.text import gemma
+from ltx2_engine.ltx2_core.text.tiny_gemma import write_tiny_gemma
+
+STD = 0.02
+GEMMA_12B = {
+    "vocab_size": 262208,
+    "hidden_size": 3840,
+    "num_hidden_layers": 48,
+    "intermediate_size": 15360,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 1024,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "max_position_embeddings": 131072,
+}
+
+
+def write_full_size(root: Path, label: str) -> tuple[str, str]:
+    """Lay out a released checkpoint and Gemma 3 12B below ``root``; returns their names in the model folders."""
+    config = released_config(label)
+    model = ModelConfig.from_config(config, GEMMA_12B["num_hidden_layers"] + 1, ())
+    shapes = {
+        checkpoint_name(network, name): tuple(tensor.shape)
+        for network in NETWORKS
+        for name, tensor in build_on_meta(network, model).state_dict().items()
+    }
+    checkpoint = f"ltx-{label}-random.safetensors"
+    metadata = {"config": json.dumps(config), "model_version": f"{label}.0"}
+    _write_sparse(root / "checkpoints" / checkpoint, shapes, metadata)
+    encoder = root / "text_encoders" / "gemma-3-12b-random"
+    _write_gemma(encoder)
+    return checkpoint, encoder.name
+
+
+def _write_gemma(folder: Path) -> None:
+    write_tiny_gemma(folder)  # for its tokenizer, whose ids are within the large vocabulary
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {
+        key: config["text_config"][key]
+        for key in ("model_type", "bos_token_id", "eos_token_id", "pad_token_id")
+        if key in config["text_config"]
+    }
+    config["text_config"] = kept | GEMMA_12B
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with torch.device("meta"):
+        module = gemma.build_gemma(gemma.read_gemma_config(folder))
+    shapes = {f"language_model.model.{name}": tuple(t.shape) for name, t in module.state_dict().items()}
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
+    _write_sparse(folder / "model.safetensors", shapes, {})
+
+
+def _write_sparse(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> None:
+    """A safetensors file of BF16 tensors whose data is a hole."""
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + end)
+
+
+@contextlib.contextmanager
+def random_weights(device: str, seed: int = 0) -> Iterator[None]:
+    """Inside the block, reading a tensor gives random values made on ``device``; everything else of loading is real."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def read(file, checkpoint, info, on_bytes):
+        tensor = torch.randn(info.shape, generator=generator, device=device, dtype=torch.bfloat16) * STD
+        on_bytes(info.size_bytes)
+        return tensor
+
+    original = checkpoint_module._read_tensor
+    checkpoint_module._read_tensor = read
+    try:
+        yield
+    finally:
+        checkpoint_module._read_tensor = original
