@@ -11,10 +11,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AV(Generic[T]):
-    """A video value and an audio value that travel together. Either may be absent (``None``)."""
+    """A video value and an audio value that travel together. Either may be absent (``None``).
 
-    video: T | None = None
-    audio: T | None = None
+    The fields are typed as present: most pairs are complete, and where one may lack a part ``map`` skips it.
+    """
+
+    video: T = None  # type: ignore[assignment]
+    audio: T = None  # type: ignore[assignment]
 
     def map(self, fn: Callable[..., Any], *others: AV[Any]) -> AV[Any]:
         """Apply ``fn`` to the video parts and to the audio parts; a part that is absent here stays absent."""

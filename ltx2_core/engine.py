@@ -88,8 +88,10 @@ class LocalEngine:
         self.config = files.config
         self.device = torch.device(files.spec.device)
         self.dtype = getattr(torch, files.spec.dtype)
-        self._networks = {name: _network(files, name, self._dtype_of(name)) for name in NETWORKS}
-        self._text_encoder = _text_encoder(files, self.dtype)
+        self._networks: dict[str, Component[Any]] = {
+            name: _network(files, name, self._dtype_of(name)) for name in NETWORKS
+        }
+        self._text_encoder: Component[Any] = _text_encoder(files, self.dtype)
         components = (*self._networks.values(), self._text_encoder)
         # the host keeps residents alive, so memory goes back when the last handle of this engine does
         weakref.finalize(self, _close_all, components)
@@ -112,7 +114,7 @@ class LocalEngine:
         """
         text = split_conditioning(conditioning, self.config.text)
         parts = text.parts.map(lambda part: part.to(self.device, self.dtype))
-        if text.needs_connector:
+        if text.mask is not None:
             head = self._networks["text_head"].use(_TEXT_WORK_BYTES)
             with torch.no_grad():
                 parts = head.connect(parts, text.mask.to(self.device))

@@ -457,8 +457,10 @@ class StandaloneHost:
     # devices and memory
 
     def compute_devices(self) -> list[str]:
-        import torch
-
+        try:
+            import torch
+        except ImportError:  # tools that only list the nodes run without torch
+            return ["cpu"]
         return [*(f"cuda:{index}" for index in range(torch.cuda.device_count())), "cpu"]
 
     def default_device(self) -> str:

@@ -20,6 +20,7 @@ def phase(name: str, device: torch.device) -> Iterator[None]:
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
+        torch.cuda.init()  # the statistics of a device that nothing has used yet cannot be reset
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     yield

@@ -29,11 +29,13 @@ def from_native(samples: Pair, masks: Pair | None, fps: float) -> AVLatent:
         )
     frames, height, width = video.shape[2:]
     clip = ClipShape((frames - 1) * VIDEO_TIME_FACTOR + 1, height * VIDEO_SPACE_FACTOR, width * VIDEO_SPACE_FACTOR, fps)
-    video_mask = audio_mask = None
+    kept: AV[Tensor] = AV()
     if masks is not None:
-        video_mask = _video_mask(masks[0], video)
-        audio_mask = None if masks[1] is None else _audio_mask(masks[1], audio)
-    return AVLatent(clip, AV(video.float().cpu(), audio.float().cpu()), AV(video_mask, audio_mask))
+        # a native mask of the video alone leaves the sound without one
+        kept = AV(_video_mask(masks[0], video))
+        if masks[1] is not None:
+            kept = AV(kept.video, _audio_mask(masks[1], audio))
+    return AVLatent(clip, AV(video.float().cpu(), audio.float().cpu()), kept)
 
 
 def _video_mask(mask: Tensor, video: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def build_gemma(config: Mapping[str, Any]) -> nn.Module:
     from transformers.models.gemma3.modeling_gemma3 import Gemma3TextModel
 
     values = {key: value for key, value in _text_section(config).values.items() if key not in _IMPLEMENTATION_KEYS}
-    text_config = Gemma3TextConfig(**values, attn_implementation="sdpa")
+    text_config = Gemma3TextConfig(**{**values, "attn_implementation": "sdpa"})
     return Gemma3TextModel(text_config).train(False).requires_grad_(False)
 
 
@@ -104,7 +104,7 @@ def assign(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> Non
     model.requires_grad_(False)
 
 
-def fill_buffers(model: nn.Module, device: torch.device) -> None:
+def fill_buffers(model: Any, device: torch.device) -> None:
     """Give a model that was built on the meta device its computed buffers: rotary frequencies and embedding scale.
 
     They are float32 whatever the weights are: bfloat16 frequencies ruin the rotary embedding.
@@ -123,7 +123,7 @@ def fill_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def hidden_states(
-    model: nn.Module,
+    model: Any,
     ids: list[int],
     *,
     pad_to: int | None = None,

@@ -93,7 +93,9 @@ class StreamBlock(nn.Module):
         return gate_residual(x, self.attn2(h, self._modulated_text(state), bias=inputs.context_bias), gate)
 
     def _modulated_text(self, state: StreamState) -> Tensor:
-        rows = self.prompt_scale_shift_table.to(state.inputs.context.dtype)
+        table = self.prompt_scale_shift_table
+        assert table is not None
+        rows = table.to(state.inputs.context.dtype)
         if state.prompt is not None:
             rows = rows + state.prompt  # [B, 1, 2, C]
         shift, scale = rows[..., 0, :], rows[..., 1, :]
@@ -101,6 +103,7 @@ class StreamBlock(nn.Module):
 
     def modulate_for_cross(self, x: Tensor, state: StreamState, rows: tuple[int, int]) -> Tensor:
         """Normalise and modulate this stream's tokens for one direction of audio-video attention."""
+        assert state.cross is not None
         scale_row, shift_row = rows
         # only the 4 scale and shift rows belong to the per-token module; the gate row has a module of its own
         modulation = state.cross.plus(self.cross_scale_shift_table[:CROSS_GATE_ROW])
@@ -108,6 +111,7 @@ class StreamBlock(nn.Module):
 
     def attend_cross(self, query: Tensor, context: Tensor, own: StreamState, other: StreamState, keep: Keep) -> Tensor:
         """The gated result that is added to this stream."""
+        assert own.cross_gate is not None
         out = self.cross_attn(query, context, rotary=own.inputs.cross_rotary, context_rotary=other.inputs.cross_rotary)
         table = self.cross_scale_shift_table[CROSS_GATE_ROW].to(out.dtype)
         out = out * (table + own.cross_gate[:, :, 0])

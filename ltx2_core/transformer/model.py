@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from ..av import AV
-from ..config.transformer import TransformerConfig
+from ..config.transformer import StreamConfig, TransformerConfig
 from .block import AVBlock
 from .inputs import BlockKeep, Perturbation, StreamInput, plan_keeps
 from .rope import Rotary, rotary_table
@@ -78,13 +79,17 @@ class Transformer(nn.Module):
         """
         config = self.config
         longest = max(config.streams.video.max_pos[0], config.streams.audio.max_pos[0])
-        dtype = self.video.patchify_proj.weight.dtype
+        build = partial(
+            rotary_table,
+            theta=config.rope_theta,
+            double_precision=config.rope_double_precision,
+            dtype=self.video.patchify_proj.weight.dtype,
+        )
 
-        def tables(positions: Tensor, own) -> tuple[Rotary, Rotary]:
-            shared = {"theta": config.rope_theta, "double_precision": config.rope_double_precision, "dtype": dtype}
+        def tables(positions: Tensor, own: StreamConfig) -> tuple[Rotary, Rotary]:
             return (
-                rotary_table(positions, dim=own.dim, heads=own.heads, max_pos=own.max_pos, **shared),
-                rotary_table(positions[:, :1], dim=config.cross_dim, heads=own.heads, max_pos=(longest,), **shared),
+                build(positions, dim=own.dim, heads=own.heads, max_pos=own.max_pos),
+                build(positions[:, :1], dim=config.cross_dim, heads=own.heads, max_pos=(longest,)),
             )
 
         return positions.map(tables, config.streams)

@@ -94,5 +94,6 @@ def test_memory_is_given_back(engines):
     held = torch.cuda.memory_allocated()
     engine.decode(engine.sample(job(engine, latent)), "auto")
     assert torch.cuda.memory_allocated() == held
+    weights = sum(part.bytes_on("cuda:0") for part in (*engine._networks.values(), engine._text_encoder))
     engine.close()
-    assert torch.cuda.memory_allocated() < held / 4
+    assert torch.cuda.memory_allocated() <= held - weights
