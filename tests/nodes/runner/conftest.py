@@ -331,5 +331,7 @@ def comfy():
         sys.path.remove(str(root))
         # the pack takes a loaded ComfyUI for its host, so no later test may see it
         for name, module in list(sys.modules.items()):
-            if str(getattr(module, "__file__", "")).startswith(str(root)):
+            # folders without an __init__.py have no file, only a path
+            places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+            if any(str(place).startswith(str(root)) for place in places):
                 del sys.modules[name]
