@@ -308,7 +308,7 @@ def test_raw_sound_has_four_mel_frames_a_latent_less_three(label, rate, hop, mod
     prompt = {key: node for key, node in prompt.items() if key not in ("9", "10")}
     for key, (frames, fps) in clips.items():
         copies = {node: {**prompt[node], "inputs": dict(prompt[node]["inputs"])} for node in ("3", "7", "8")}
-        copies["3"]["inputs"].update(width=32, height=32, frames=frames, fps=fps)
+        copies["3"]["inputs"].update(width=64, height=64, frames=frames, fps=fps)
         copies["7"]["inputs"]["latent"] = [f"3 {key}", 0]
         copies["8"]["inputs"]["latent"] = [f"7 {key}", 0]
         prompt.update({f"{node} {key}": copy for node, copy in copies.items()})
@@ -323,4 +323,4 @@ def test_raw_sound_has_four_mel_frames_a_latent_less_three(label, rate, hop, mod
         kept = Keep.kept.pop(key)
         assert kept.audio["sample_rate"] == rate
         assert kept.audio["waveform"].shape == (1, 2, hop * (4 * latents - 3))
-        assert kept.images.shape == (frames, 32, 32, 3)
+        assert kept.images.shape == (frames, 64, 64, 3)

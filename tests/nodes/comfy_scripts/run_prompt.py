@@ -1,12 +1,13 @@
 """Run one API-format prompt through ComfyUI's own validation and executor, in this process and on CPU.
 
     python run_prompt.py --comfy TREE --pack PACK [PACK ...] --base FOLDER --prompt PROMPT.json \
-        [--models FOLDER] [--core nodes_video] [--capture NODE:SLOT ...] [--save TENSORS.safetensors] [--interrupt-after N]
+        [--models FOLDER] [--core nodes_video] [--capture NODE:SLOT ...] [--save TENSORS.safetensors] \
+        [--interrupt-after N [--interrupt-node NODE]]
 
 `--base` holds the input, output and temp folders (and models, unless `--models` names another). `--capture` adds an
 output node that keeps what the slot carries: a tensor is saved as "NODE:SLOT", an AUDIO's waveform as
 "NODE:SLOT.waveform", a LATENT's samples as "NODE:SLOT.samples". `--interrupt-after N` asks ComfyUI to interrupt at the
-N-th progress event. The last line of output is one JSON object.
+N-th progress event, of `--interrupt-node` if given. The last line of output is one JSON object.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def tensors(label: str, value: Any) -> dict[str, Any]:
     return {label: value.contiguous().cpu()} if hasattr(value, "contiguous") else {}
 
 
-def record_progress(interrupt_after: int | None) -> list[dict[str, Any]]:
+def record_progress(interrupt_after: int | None, interrupt_node: str | None) -> list[dict[str, Any]]:
     """Hook into progress bars as ComfyUI's main does: the hook polls the interrupt, then reports."""
     import comfy.model_management
     import comfy.utils
@@ -76,14 +77,17 @@ def record_progress(interrupt_after: int | None) -> list[dict[str, Any]]:
         if node_id is None and context is not None:
             node_id = context.node_id
         events.append({"node": node_id, "value": value, "max": total})
-        if len(events) == interrupt_after:
+        counted = [event for event in events if interrupt_node in (None, event["node"])]
+        if len(counted) == interrupt_after and counted[-1] is events[-1]:
             nodes.interrupt_processing(True)
 
     comfy.utils.set_progress_bar_global_hook(hook)
     return events
 
 
-def run(prompt: dict[str, Any], interrupt_after: int | None = None) -> dict[str, Any]:
+def run(
+    prompt: dict[str, Any], interrupt_after: int | None = None, interrupt_node: str | None = None
+) -> dict[str, Any]:
     """Validate and execute; ComfyUI and the pack are loaded. Returns what the script answers."""
     import execution
 
@@ -91,7 +95,7 @@ def run(prompt: dict[str, Any], interrupt_after: int | None = None) -> dict[str,
     result = {"valid": valid, "error": error, "node_errors": node_errors, "success": False, "status": None}
     if not valid or node_errors:
         return result
-    events = record_progress(interrupt_after)
+    events = record_progress(interrupt_after, interrupt_node)
     sizes = {"ram": 0, "ram_inactive": 0, "lru": 0}
     executor = execution.PromptExecutor(ServerStub(), cache_type=execution.CacheType.CLASSIC, cache_args=sizes)
     began = time.monotonic()
@@ -120,6 +124,7 @@ def main() -> None:
     parser.add_argument("--capture", nargs="*", default=[])
     parser.add_argument("--save", type=Path)
     parser.add_argument("--interrupt-after", type=int)
+    parser.add_argument("--interrupt-node")
     options = parser.parse_args()
     sys.argv[1:] = []
 
@@ -130,7 +135,8 @@ def main() -> None:
     loaded = [load_pack(pack) for pack in options.pack]
     nodes.NODE_CLASS_MAPPINGS["HostTestCapture"] = HostTestCapture
     prompt = json.loads(options.prompt.read_text())
-    result = run(with_captures(prompt.get("prompt", prompt), options.capture), options.interrupt_after)
+    prompt = with_captures(prompt.get("prompt", prompt), options.capture)
+    result = run(prompt, options.interrupt_after, options.interrupt_node)
     named = {k: v for label, value in HostTestCapture.kept.items() for k, v in tensors(label, value).items()}
     if options.save is not None and named:
         from safetensors.torch import save_file

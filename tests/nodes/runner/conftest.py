@@ -332,6 +332,5 @@ def comfy():
         # the pack takes a loaded ComfyUI for its host, so no later test may see it
         for name, module in list(sys.modules.items()):
             # folders without an __init__.py have no file, only a path
-            places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
-            if any(str(place).startswith(str(root)) for place in places):
+            if str(root) in f"{getattr(module, '__file__', '')} {getattr(module, '__path__', '')}":
                 del sys.modules[name]
