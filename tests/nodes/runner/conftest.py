@@ -315,6 +315,7 @@ def comfy():
     root = pathlib.Path(os.environ.get("COMFYUI_PATH", pathlib.Path.home() / "comfy" / "ComfyUI"))
     if not (root / "execution.py").is_file():
         pytest.skip("no ComfyUI tree (set COMFYUI_PATH)")
+    before = set(sys.modules)
     sys.path.insert(0, str(root))
     try:
         from comfy.cli_args import args
@@ -330,7 +331,7 @@ def comfy():
     finally:
         sys.path.remove(str(root))
         # the pack takes a loaded ComfyUI for its host, so no later test may see it
-        for name, module in list(sys.modules.items()):
-            # folders without an __init__.py have no file, only a path
-            if str(root) in f"{getattr(module, '__file__', '')} {getattr(module, '__path__', '')}":
+        for name in set(sys.modules) - before:
+            top = name.partition(".")[0]
+            if (root / top).is_dir() or (root / f"{top}.py").is_file():
                 del sys.modules[name]
