@@ -1,0 +1,247 @@
+"""The pack in ComfyUI's server and in the browser, on CPU with tiny models.
+
+Needs a ComfyUI tree (COMFYUI_PATH), an interpreter for it (COMFYUI_PYTHON), and for the browser tests playwright and a
+Chromium or Chrome on the path (or in CHROMIUM).
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ltx2_engine.nodes import NODE_CLASS_MAPPINGS
+from ltx2_engine.nodes.runner.schema import inputs_of
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("image_to_video", "text_to_video")
+SAMPLER = "7"
+START_SECONDS = 120
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+QUIET = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+
+pytestmark = pytest.mark.comfy
+
+
+class Server:
+    """A running ComfyUI server: its address and its log."""
+
+    def __init__(self, url: str, log: Path):
+        self.url, self.log = url, log
+
+    def get(self, path: str) -> bytes:
+        # no proxy: the server is on this machine
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(self.url + path, timeout=20) as response:
+            return response.read()
+
+    def json(self, path: str) -> Any:
+        return json.loads(self.get(path))
+
+
+@pytest.fixture(scope="module")
+def server(
+    comfy_python: str, comfy_tree: Path, comfy_environment: dict, comfy_base: Path, tmp_path_factory
+) -> Iterator[Server]:
+    needs = subprocess.run([comfy_python, "-c", "import torch, aiohttp, comfyui_frontend_package"], check=False)
+    if needs.returncode:
+        pytest.skip(f"{comfy_python} lacks ComfyUI's requirements (set COMFYUI_PYTHON)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    command = [comfy_python, str(comfy_tree / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
+    command += ["--disable-api-nodes", "--base-directory", str(comfy_base), "--database-url", "sqlite:///:memory:"]
+    running = Server(f"http://127.0.0.1:{port}", log)
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=comfy_environment, cwd=log.parent
+        )
+    try:
+        wait_until_up(running, process)
+        yield running
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_up(server: Server, process: subprocess.Popen) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        assert process.poll() is None, server.log.read_text()[-4000:]
+        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            server.get("/queue")
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"the server did not start in {START_SECONDS} s: {server.log.read_text()[-4000:]}")
+
+
+@pytest.fixture(scope="module")
+def runs(server: Server, comfy_script: Callable[..., dict], tiny_prompt: Callable[..., dict], tmp_path_factory) -> dict:
+    """What the server said to both workflows, to one that was interrupted, and to one after it."""
+    long = tiny_prompt("text_to_video", LTX2Sigmas={"schedule": "ltx-2", "steps": 1000})
+    after = tiny_prompt("text_to_video", LTX2Sampler={"seed": 11})
+    jobs = {
+        **{name: {"prompt": tiny_prompt(name), "interrupt": None} for name in NAMES},
+        "interrupted": {"prompt": long, "interrupt": SAMPLER},
+        "after": {"prompt": after, "interrupt": None},
+    }
+    file = tmp_path_factory.mktemp("prompts") / "prompts.json"
+    file.write_text(json.dumps(list(jobs.values())))
+    answered = comfy_script("server_checks.py", server.url, file)
+    return dict(zip(jobs, answered["runs"], strict=True))
+
+
+def test_pack_loads_without_complaint(server: Server):
+    log = server.log.read_text()
+    assert "custom_nodes/ltx2-engine" in log
+    assert "IMPORT FAILED" not in log
+    assert "Cannot import" not in log
+
+
+def test_every_node_is_offered_with_its_inputs(server: Server):
+    offered = server.json("/object_info")
+    for name, node in NODE_CLASS_MAPPINGS.items():
+        inputs = offered[name]["input"]
+        assert [*inputs.get("required", {}), *inputs.get("optional", {})] == list(inputs_of(node))
+        assert offered[name]["python_module"] == "custom_nodes.ltx2-engine"
+
+
+def test_templates_and_thumbnails_are_served(server: Server):
+    assert sorted(server.json("/workflow_templates")["ltx2-engine"]) == list(NAMES)
+    for name in NAMES:
+        for suffix in ("json", "jpg"):
+            served = server.get(f"/api/workflow_templates/ltx2-engine/{name}.{suffix}")
+            assert served == (ROOT / "workflows" / f"{name}.{suffix}").read_bytes()
+
+
+def test_extension_and_help_pages_are_served(server: Server):
+    assert "/extensions/ltx2-engine/ltx2_engine.js" in server.json("/extensions")
+    for name in NODE_CLASS_MAPPINGS:
+        assert server.get(f"/extensions/ltx2-engine/docs/{name}.md").startswith(b"# LTX-2 ")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_workflow_runs_to_success(name: str, runs: dict, comfy_base: Path):
+    run = runs[name]
+    assert (run["ended"], run["history"]) == ("execution_success", "success"), run
+    (video,) = run["outputs"]["10"]["images"]
+    assert (comfy_base / "output" / video["subfolder"] / video["filename"]).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_progress_of_sampling_reaches_its_maximum(name: str, runs: dict):
+    assert [8, 8] in runs[name]["bars"][SAMPLER]
+
+
+def test_interrupt_stops_sampling_between_steps(runs: dict):
+    run = runs["interrupted"]
+    assert (run["ended"], run["history"]) == ("execution_interrupted", "error")
+    assert "execution_interrupted" in run["messages"]
+    steps = [value for value, most in run["bars"][SAMPLER] if most == 1000]
+    assert 0 < max(steps) < 1000
+    assert run["stop_seconds"] < 3
+
+
+def test_the_prompt_after_an_interrupt_runs(runs: dict):
+    assert runs["after"]["history"] == "success"
+
+
+# in the browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(server: Server) -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = (shutil.which(name) for name in (os.environ.get("CHROMIUM", ""), *BROWSERS) if name)
+    browser_path = next((path for path in found if path), None)
+    if browser_path is None:
+        pytest.skip("no Chromium on the path (set CHROMIUM)")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=QUIET)
+        page = browser.new_page()
+        page.goto(server.url)
+        page.wait_for_function(
+            "window.app?.graph && window.LiteGraph?.registered_node_types?.LTX2Guider", timeout=60_000
+        )
+        yield page
+        browser.close()
+
+
+def load(page: Any, workflow: dict) -> None:
+    page.evaluate("workflow => app.loadGraphData(workflow, true, true)", workflow)
+    count = len(workflow["nodes"])
+    page.wait_for_function(f"app.graph.nodes.length === {count} && app.graph.nodes.every(node => node.comfyClass)")
+
+
+def guider_values(page: Any) -> dict:
+    return page.evaluate(
+        "Object.fromEntries(app.graph.nodes.find(n => n.type === 'LTX2Guider').widgets.map(w => [w.name, w.value]))"
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_browser_makes_the_api_file_of_the_workflow(name: str, page: Any):
+    load(page, json.loads((ROOT / "workflows" / f"{name}.json").read_text()))
+    made = page.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
+    assert made == json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text())
+
+
+def test_choosing_a_preset_fills_the_numbers(page: Any):
+    load(page, json.loads((ROOT / "workflows" / "text_to_video.json").read_text()))
+    place = page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((node) => node.type === "LTX2Guider");
+            node.pos = [400, 200];
+            Object.assign(app.canvas.ds, { scale: 1, offset: [0, 0] });
+            app.canvas.draw(true, true);
+            const widget = node.widgets.find((widget) => widget.name === "preset");
+            const canvas = app.canvas.canvas.getBoundingClientRect();
+            return [canvas.x + node.pos[0] + node.size[0] / 2, canvas.y + node.pos[1] + widget.last_y + 10];
+        }"""
+    )
+    for preset in ("guided 2.3/2.5", "guided 2.0", "distilled"):
+        page.mouse.click(*place)
+        page.get_by_text(preset, exact=True).last.click()
+        page.wait_for_function(
+            "preset => app.graph.nodes.find(n => n.type === 'LTX2Guider').widgets[0].value === preset", arg=preset
+        )
+        wanted = inputs_of(NODE_CLASS_MAPPINGS["LTX2Guider"])["preset"].options["ltx2_fills"][preset]
+        assert guider_values(page) == {"preset": preset, **wanted}
+
+
+@pytest.mark.parametrize("as_api", [False, True])
+def test_a_loaded_workflow_keeps_its_own_numbers(as_api: bool, page: Any):
+    load(page, json.loads((ROOT / "workflows" / "text_to_video.json").read_text()))
+    page.evaluate(
+        """() => {
+            const { widgets } = app.graph.nodes.find((node) => node.type === "LTX2Guider");
+            const set = (name, value) => (widgets.find((widget) => widget.name === name).value = value);
+            set("preset", "guided 2.0"); set("video_cfg", 5.5); set("stg_blocks", "27, 29");
+        }"""
+    )
+    saved = guider_values(page)
+    assert (saved["preset"], saved["video_cfg"], saved["audio_cfg"]) == ("guided 2.0", 5.5, 1)
+    if as_api:
+        prompt = page.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
+        page.evaluate("() => app.graph.clear()")
+        page.evaluate("prompt => app.loadApiJson(prompt, 'saved')", prompt)
+        page.wait_for_function("app.graph.nodes.length > 5")
+    else:
+        load(page, page.evaluate("app.graph.serialize()"))
+    assert guider_values(page) == saved
