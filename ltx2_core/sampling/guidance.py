@@ -19,6 +19,7 @@ class StreamGuidance:
     cfg: classifier-free guidance, 1 = off. stg: spatio-temporal guidance, 0 = off; it skips self attention in
     ``stg_blocks``. modality: guidance against the prediction without the other stream, 1 = off.
     rescale: how far the result is pulled back to the contrast of the plain prediction, 0 = off.
+    skip_step: how many steps after each evaluated one keep its result, 0 = evaluate every step.
     """
 
     cfg: float = 1.0
@@ -26,12 +27,19 @@ class StreamGuidance:
     modality: float = 1.0
     rescale: float = 0.0
     stg_blocks: tuple[int, ...] = ()
+    skip_step: int = 0
 
     def __post_init__(self):
         for name in ("cfg", "stg", "modality", "rescale"):
             value = getattr(self, name)
             if not math.isfinite(value) or abs(value) > 1000:
                 raise ValueError(f"{name} must be a number from -1000 to 1000, found {value}")
+        if not 0 <= self.skip_step <= 100:
+            raise ValueError(f"skip_step must be a whole number from 0 to 100, found {self.skip_step}")
+
+    def skips(self, step: int) -> bool:
+        """Whether this modality keeps its last result at ``step``; step 0 is always evaluated."""
+        return self.skip_step != 0 and step % (self.skip_step + 1) != 0
 
     @property
     def uses_cfg(self) -> bool:
@@ -59,11 +67,14 @@ class GuidancePass:
     disable_v2a_cross_attn: bool = False
 
 
-def plan_passes(guidance: AV[StreamGuidance]) -> tuple[GuidancePass, ...]:
-    """The passes that the strengths of both modalities need, in the reference's order (ltx-core 1.2)."""
+def plan_passes(guidance: AV[StreamGuidance], *, force_uncond: bool = False) -> tuple[GuidancePass, ...]:
+    """The passes that the strengths of both modalities need, in the reference's order (ltx-core 1.2).
+
+    force_uncond: run the pass of the negative prompt also where no strength asks for it (CFG++).
+    """
     streams = tuple(guidance.present())
     passes = [GuidancePass("cond")]
-    if any(s.uses_cfg for s in streams):
+    if force_uncond or any(s.uses_cfg for s in streams):
         passes.append(GuidancePass("uncond", negative=True))
     if any(s.uses_stg for s in streams):
         blocks = guidance.map(lambda s: s.stg_blocks if s.uses_stg else ())
@@ -91,3 +102,17 @@ def combine(predictions: Mapping[str, Tensor], guidance: StreamGuidance) -> Tens
         modality=guidance.modality,
         rescale=guidance.rescale,
     )
+
+
+# Up to about this many video tokens a pass costs less than reading the weights for it, so passes share one call.
+BATCHED_TOKENS = 1024
+
+
+def evaluation_mode(choice: str, num_passes: int, num_video_tokens: int) -> str:
+    """``split`` or ``batched`` from the user's choice, which may be ``auto``.
+
+    Split passes share what they have in common and skip what they disable; batched ones read the weights once.
+    """
+    if choice != "auto":
+        return choice
+    return "batched" if num_passes > 1 and num_video_tokens <= BATCHED_TOKENS else "split"

@@ -73,6 +73,14 @@ class Perturbation:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """One pass of a split evaluation: its inputs and what it skips. Passes with the same inputs share the object."""
+
+    inputs: AV[StreamInput]
+    perturbation: Perturbation = Perturbation()
+
+
+@dataclass(frozen=True)
 class BlockKeep:
     """Which attentions one block computes. ``cross`` is named after the stream that it writes to."""
 

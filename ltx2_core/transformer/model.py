@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ..av import AV
 from ..config.transformer import StreamConfig, TransformerConfig
-from .block import AVBlock
-from .inputs import BlockKeep, Perturbation, StreamInput, plan_keeps
+from .block import AVBlock, StreamState
+from .inputs import BlockKeep, Pass, Perturbation, StreamInput, plan_keeps
 from .rope import Rotary, rotary_table
 from .stream import Stream
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """A pass on its way through the blocks; nothing of it is changed in place, so passes may share it."""
+
+    x: AV[Tensor]
+    state: AV[StreamState]
+    embedded: AV[Tensor]
 
 
 class Transformer(nn.Module):
@@ -54,19 +65,61 @@ class Transformer(nn.Module):
             disable_v2a_cross_attn,
         )
         if keeps is None:
-            first = next(inputs.present()).latent
-            keeps = plan_keeps([perturbation], self.config.num_layers, first.device, first.dtype)
-        elif perturbation != Perturbation():
+            return self.run_passes([Pass(inputs, perturbation)], on_block=on_block)[0]
+        if perturbation != Perturbation():
             raise ValueError("give either the flags of one pass or a plan of several passes, not both")
-
-        conditioned = inputs.map(lambda own, stream, other: stream.condition(own, other), self.streams, inputs.swap())
-        state = conditioned.map(lambda pair: pair[0])
-        x = inputs.map(lambda own, stream: stream.embed(own), self.streams)
+        walk = self._begin(inputs)
         for block, keep in zip(self.blocks, keeps, strict=True):
-            if on_block is not None:
-                on_block()
-            x = block(x, state, keep)
-        return x.map(lambda x, stream, own, pair: stream.predict(x, own, pair[1]), self.streams, inputs, conditioned)
+            walk = self._step(block, walk, keep, on_block)
+        return self._finish(walk)
+
+    def run_passes(
+        self,
+        passes: Sequence[Pass],
+        *,
+        share_prefixes: bool = True,
+        on_block: Callable[[], None] | None = None,
+    ) -> list[AV[Tensor]]:
+        """Evaluate several passes block after block; returns the velocity of each.
+
+        A pass's flags are plain Python, so a skipped attention is not computed. Passes with the same inputs are one
+        until the first block in which they differ: that changes no bit, and four guidance passes cost about 3.4.
+        ``on_block`` is called before every block that is computed.
+        """
+        keeps = [plan_keeps([one.perturbation], self.config.num_layers, *_kind(one.inputs)) for one in passes]
+        groups = _by_key(range(len(passes)), lambda index: id(passes[index].inputs) if share_prefixes else index)
+        walks = [(members, self._begin(passes[members[0]].inputs)) for members in groups]
+        for number, block in enumerate(self.blocks):
+            at_block = [plan[number] for plan in keeps]
+            walks = [
+                (part, self._step(block, walk, at_block[part[0]], on_block))
+                for members, walk in walks
+                for part in _by_key(members, at_block.__getitem__)
+            ]
+        results = {index: self._finish(walk) for members, walk in walks for index in members}
+        return [results[index] for index in range(len(passes))]
+
+    def _begin(self, inputs: AV[StreamInput]) -> _Walk:
+        conditioned = inputs.map(lambda own, stream, other: stream.condition(own, other), self.streams, inputs.swap())
+        return _Walk(
+            x=inputs.map(lambda own, stream: stream.embed(own), self.streams),
+            state=conditioned.map(lambda pair: pair[0]),
+            embedded=conditioned.map(lambda pair: pair[1]),
+        )
+
+    @staticmethod
+    def _step(block: nn.Module, walk: _Walk, keep: BlockKeep, on_block: Callable[[], None] | None) -> _Walk:
+        if on_block is not None:
+            on_block()
+        return replace(walk, x=block(walk.x, walk.state, keep))
+
+    def _finish(self, walk: _Walk) -> AV[Tensor]:
+        return walk.x.map(
+            lambda x, stream, state, embedded: stream.predict(x, state.inputs, embedded),
+            self.streams,
+            walk.state,
+            walk.embedded,
+        )
 
     def project_contexts(self, features: AV[Tensor]) -> AV[Tensor]:
         """Text features of a prompt to the contexts that the streams attend to; once per prompt."""
@@ -93,3 +146,16 @@ class Transformer(nn.Module):
             )
 
         return positions.map(tables, config.streams)
+
+
+def _kind(inputs: AV[StreamInput]) -> tuple[torch.device, torch.dtype]:
+    first = next(inputs.present()).latent
+    return first.device, first.dtype
+
+
+def _by_key(members: Iterable[int], key: Callable[[int], Hashable]) -> list[list[int]]:
+    """Members with equal keys together, in order of first appearance."""
+    groups: dict[Hashable, list[int]] = {}
+    for member in members:
+        groups.setdefault(key(member), []).append(member)
+    return list(groups.values())
