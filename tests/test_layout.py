@@ -25,7 +25,7 @@ MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "ltx2_core": {"ltx2_core", "kernels"},
     "ltx2_core.conditioning": BASE | {"ltx2_core.media"},
-    "ltx2_core.loading": BASE,
+    "ltx2_core.loading": BASE | {"kernels"},
     "ltx2_core.media": BASE,
     "ltx2_core.parallel": BASE,
     "ltx2_core.sampling": BASE | {"kernels", "ltx2_core.conditioning.state"},

@@ -1,6 +1,7 @@
 import { app } from "../../scripts/app.js";
 
 // An input with `ltx2_fills` ({option: {widget name: value}}) is a preset: choosing an option sets these widgets.
+// Loading a workflow sets values without calling callbacks, so it keeps the numbers saved in it.
 const presetsOfClass = new Map();
 
 function presetsOf({ input }) {
@@ -34,8 +35,7 @@ app.registerExtension({
       const callback = widget.callback;
       widget.callback = function (value, ...rest) {
         const result = callback?.call(this, value, ...rest);
-        // a workflow that is being loaded brings its own numbers
-        if (!app.configuringGraph) fill(node, fills[value]);
+        fill(node, fills[value]);
         return result;
       };
     }
