@@ -44,7 +44,7 @@ class Phases(logging.Handler):
 def watched(sampler, times, waits):
     """The sampler, noting when each step was over on the GPU and every operation that waited for the device."""
 
-    def run(denoise, x, sigmas, on_step):
+    def run(denoise, x, sigmas, noise, choice, on_step):
         events = [_now()]
 
         def stepped(*args):
@@ -55,7 +55,7 @@ def watched(sampler, times, waits):
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                x = sampler(denoise, x, sigmas, stepped)
+                x = sampler(denoise, x, sigmas, noise, choice, stepped)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         waits.extend(str(warning.message) for warning in caught if "synchronizing" in str(warning.message))

@@ -1,4 +1,4 @@
-"""The engine of one model on one device: encode prompts, sample, decode."""
+"""The engine of one model on one device: encode prompts, sample, upscale, decode."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,26 +20,32 @@ from .component import Component
 from .conditioning import state as tokens
 from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
-from .evaluate import batched_evaluate
+from .config.version import ModelVersion
+from .evaluate import EVALUATIONS
 from .host import host
+from .job import DecodedClip, SampleJob, check_job, check_latents
 from .loading.build import component_bytes, load_component
 from .loading.checkpoint import read_tensors
+from .loading.lora import LoraFile, fuse, match, read_lora, reference_factors
 from .model_files import ModelFiles
 from .model_spec import ModelSpec
 from .networks import FLOAT32_NETWORKS, NETWORKS, build_on_meta
 from .phases import phase
 from .presets import default_image_crf
 from .sampling.denoise import Denoiser
-from .sampling.guidance import StreamGuidance, plan_passes
-from .sampling.noise import generator, noised
-from .sampling.samplers import SAMPLERS, SamplerChoice
+from .sampling.guidance import StreamGuidance, evaluation_mode, plan_passes
+from .sampling.noise import SamplerNoise, generator, noise_source, noised
+from .sampling.samplers import NEEDS_UNCOND, SAMPLERS, evaluations
 from .sampling.sigmas import check_sigmas
-from .shapes import ClipShape
+from .shapes import VIDEO_SPACE_FACTOR, VIDEO_TIME_FACTOR, ClipShape
 from .text import gemma
 from .text.context import Context
 from .text.native import split_conditioning
 from .text.tokenizer import load_tokenizer, tokenize
+from .upsampler_files import build_upsampler, check_fits, read_upsampler
 from .vae import tiling
+from .vae.audio import encode_waveform
+from .vae.upsampler import upsample
 
 _LOG = logging.getLogger("ltx2.engine")
 
@@ -47,34 +54,10 @@ _LIVE_WIDTHS = 14
 # Hidden states of a 1024-token prompt, their copies in the projection, and the encoder's own work.
 _TEXT_WORK_BYTES = 2 << 30
 _AUDIO_WORK_BYTES = 1 << 30
+# ComfyUI's planning figure for the latent upsamplers, per element of the result
+_UPSAMPLER_BYTES_PER_ELEMENT = 3000
 # The reference draws the decoder's noise from the run's generator; a fixed seed keeps decoding repeatable by itself.
 _DECODER_NOISE_SEED = 42
-
-
-@dataclass(frozen=True)
-class SampleJob:
-    """What to sample. ``negative`` is needed when a strength other than 1 is set for cfg.
-
-    sigmas: falling noise levels from at most 1.
-    """
-
-    latent: AVLatent
-    positive: Context
-    negative: Context | None
-    guidance: AV[StreamGuidance]
-    sigmas: tuple[float, ...]
-    sampler: SamplerChoice
-    seed: int
-
-
-@dataclass(frozen=True)
-class DecodedClip:
-    """frames: [F, H, W, 3] float32 in 0..1. waveform: [B, 2, N] float32 in -1..1. Both on the CPU."""
-
-    frames: Tensor = field(repr=False)
-    waveform: Tensor = field(repr=False)
-    sample_rate: int
-    fps: float
 
 
 class LocalEngine:
@@ -83,18 +66,21 @@ class LocalEngine:
     Networks are read when first used and stay until the host asks for their memory.
     """
 
-    def __init__(self, files: ModelFiles):
+    def __init__(self, files: ModelFiles, base: LocalEngine | None = None):
+        """base: the engine of the same files without LoRAs, whose other networks this one uses."""
         self.files = files
         self.config = files.config
         self.device = torch.device(files.spec.device)
-        self.dtype = getattr(torch, files.spec.dtype)
-        self._networks: dict[str, Component[Any]] = {
-            name: _network(files, name, self._dtype_of(name)) for name in NETWORKS
-        }
-        self._text_encoder: Component[Any] = _text_encoder(files, self.dtype)
-        components = (*self._networks.values(), self._text_encoder)
+        self.dtype: torch.dtype = getattr(torch, files.spec.dtype)
+        self._base = base
+        own = ("transformer",) if base is not None else tuple(NETWORKS)
+        loras = [(read_lora(one.path), one.strength) for one in files.spec.loras]
+        self._networks: dict[str, Component[Any]] = {} if base is None else dict(base._networks)
+        self._networks |= {name: _network(files, name, self._dtype_of(name), loras) for name in own}
+        self._text_encoder = _text_encoder(files, self.dtype) if base is None else base._text_encoder
+        self._own = [self._networks[name] for name in own] + ([self._text_encoder] if base is None else [])
         # the host keeps residents alive, so memory goes back when the last handle of this engine does
-        weakref.finalize(self, _close_all, components)
+        weakref.finalize(self, _close_all, tuple(self._own))
 
     def encode(self, prompt: str) -> Context:
         """Encode a prompt. Raises GemmaError or TokenizerError when the text encoder's folder is not usable."""
@@ -122,16 +108,21 @@ class LocalEngine:
 
     def sample(self, job: SampleJob) -> AVLatent:
         """Sample a clip. Raises ValueError for a job that does not fit the model, before anything is loaded."""
-        passes = plan_passes(job.guidance)
-        self._check(job, needs_negative=any(one.negative for one in passes))
+        guidance = job.effective_guidance
+        passes = plan_passes(guidance, force_uncond=job.sampler.name in NEEDS_UNCOND)
+        check_job(job, passes, self.config, self.files.version.label)
         # host floats that the device represents exactly: the sampler's arithmetic is float32
         sigmas = tuple(float(np.float32(sigma)) for sigma in check_sigmas(job.sigmas))
+        mode = evaluation_mode(job.evaluation, len(passes), job.latent.clip.num_video_tokens)
         with torch.no_grad():
-            images = self._encode_images(job.latent)
-            with phase(f"sampling, {len(sigmas) - 1} steps of {len(passes)} passes", self.device):
-                states = self._states(job.latent, images)
-                model = self._networks["transformer"].use(self._sampling_bytes(states, len(passes)))
-                evaluate = batched_evaluate(
+            states = job.latent.conditioned(self._states(job.latent), _Encoders(self))
+            title = f"sampling, {len(sigmas) - 1} steps of {len(passes)} passes, {mode}"
+            with phase(title, self.device):
+                copies = len(passes) if mode == "batched" else 1
+                model = self._networks["transformer"].use(self._sampling_bytes(states, copies))
+                x = noised(states, min(sigmas[0], 1.0), self._noise(job))
+                states = states.map(_held)
+                evaluate = EVALUATIONS[mode](
                     model,
                     states,
                     passes,
@@ -139,28 +130,73 @@ class LocalEngine:
                     None if job.negative is None else self._on_device(job.negative),
                     host().check_interrupt,
                 )
-                denoise = Denoiser(evaluate, states, passes, job.guidance)
-                x = noised(states, min(sigmas[0], 1.0), generator(job.seed, self.device))
-                with host().progress(len(sigmas) - 1, "sampling") as progress:
-                    x = SAMPLERS[job.sampler.name](denoise, x, sigmas, lambda *_: progress.step())
+                noise = SamplerNoise(job.sampler, job.seed, self.device)
+                with host().progress(evaluations(job.sampler.name, sigmas), "sampling") as progress:
+                    denoise = Denoiser(evaluate, states, passes, guidance, on_evaluated=progress.step)
+                    x = SAMPLERS[job.sampler.name](denoise, x, sigmas, noise, job.sampler, lambda *_: None)
                 return self._result(job.latent, states, x)
+
+    def upscale(self, latent: AVLatent, upsampler: Path) -> AVLatent:
+        """Enlarge the video of a sampled latent in space or time; the sound stays as it is.
+
+        Conditions belong to the old size and are left behind. Raises ValueError for a latent without content, and
+        CheckpointError or ConfigError for an upsampler that is none or belongs to another version.
+        """
+        video = latent.latents.video
+        if video is None:
+            raise ValueError("this latent has no video yet: connect the sampler's output")
+        check_latents(latent, self.config)
+        checkpoint, config = read_upsampler(upsampler)
+        stated = ModelVersion.from_metadata(checkpoint.metadata)
+        label = self.files.version.label
+        check_fits(config, self.config.video_vae.latent_channels, label, upsampler.name, stated)
+        clip = _upscaled(latent.clip, config.output_grid(*latent.clip.grid), temporal=config.temporal)
+
+        def load(on_bytes: Callable[[int], None]) -> nn.Module:
+            module = build_upsampler(config)
+            device, dtype = self.device, self.dtype
+            return load_component(module, checkpoint, "upsampler", device=device, dtype=dtype, on_bytes=on_bytes)
+
+        file_bytes = component_bytes(checkpoint, "upsampler")
+        component: Component[Any] = Component(
+            f"{config} upsampler",
+            device=str(self.device),
+            weight_bytes=file_bytes // 2 * self.dtype.itemsize,
+            file_bytes=file_bytes,
+            load=load,
+        )
+        with phase(f"upscaling, {config}", self.device), torch.no_grad():
+            statistics = self._networks["video_decoder"].use(0).per_channel_statistics
+            work = math.prod(video.shape[:2]) * clip.num_video_tokens * _UPSAMPLER_BYTES_PER_ELEMENT
+            try:
+                module = component.use(work)
+                with host().progress(config.num_stages, "upscaling") as progress:
+                    larger = upsample(module, statistics, video.to(self.device, self.dtype), progress.step)
+            finally:
+                component.close()
+            return replace(
+                latent, clip=clip, latents=AV(larger.float().cpu(), latent.latents.audio), masks=AV(), conditions=()
+            )
 
     def decode(self, latent: AVLatent, tiling_choice: str) -> DecodedClip:
         """Decode a sampled latent to frames and sound. Raises ValueError for one that was not sampled."""
         video, audio = latent.latents.video, latent.latents.audio
-        if video is None or audio is None:
+        if (video is None and latent.streams.video) or (audio is None and latent.streams.audio):
             raise ValueError("this latent has no content yet: connect the sampler's output")
-        self._check_latents(latent)
+        check_latents(latent, self.config)
+        frames = waveform = None
         with torch.no_grad():
-            with phase("decoding video", self.device):
-                frames = self._decode_video(video, latent.clip, tiling_choice)
-            with phase("decoding sound", self.device):
-                waveform = self._decode_audio(audio)
+            if video is not None:
+                with phase("decoding video", self.device):
+                    frames = self._decode_video(video, latent.clip, tiling_choice)
+            if audio is not None:
+                with phase("decoding sound", self.device):
+                    waveform = self._decode_audio(audio)
         return DecodedClip(frames, waveform, self.config.vocoder.sample_rate, latent.clip.fps)
 
     def close(self) -> None:
         """Give all memory back; a later use reads the weights again."""
-        _close_all((*self._networks.values(), self._text_encoder))
+        _close_all(tuple(self._own))
 
     def _dtype_of(self, network: str) -> torch.dtype:
         return torch.float32 if network in FLOAT32_NETWORKS else self.dtype
@@ -170,99 +206,43 @@ class LocalEngine:
 
     # sampling ---------------------------------------------------------------------------------------------------
 
-    def _check(self, job: SampleJob, *, needs_negative: bool) -> None:
-        if needs_negative and job.negative is None:
-            raise ValueError(
-                "cfg other than 1 needs a negative prompt: connect one, or set video_cfg and audio_cfg to 1"
-            )
-        streams = self.config.transformer.streams
-        widths = (
-            (self.config.transformer.caption_channels,) * 2
-            if self.config.transformer.caption_channels is not None
-            else (streams.video.context_dim, streams.audio.context_dim)
-        )
-        for context in (job.positive, job.negative):
-            if context is not None and context.widths != widths:
-                raise ValueError(
-                    f"this prompt was encoded for another model: its features are {context.widths} wide (video, audio), "
-                    f"this LTX-{self.files.version.label} model takes {widths}. Encode the prompt with this model."
-                )
-        blocks = self.config.transformer.num_layers
-        for guidance in job.guidance.present():
-            wrong = [block for block in guidance.stg_blocks if not 0 <= block < blocks]
-            if guidance.uses_stg and wrong:
-                raise ValueError(f"stg_blocks {wrong} do not exist: this model has blocks 0 to {blocks - 1}")
-        self._check_latents(job.latent)
-
-    def _check_latents(self, latent: AVLatent) -> None:
-        video, audio = latent.latents.video, latent.latents.audio
-        channels, audio_vae = self.config.video_vae.latent_channels, self.config.audio_vae
-        if video is not None and (video.ndim != 5 or tuple(video.shape[1:]) != (channels, *latent.clip.grid)):
-            raise ValueError(
-                f"video latents are {list(video.shape)}; this model and clip need [batch, {channels}, "
-                f"{', '.join(map(str, latent.clip.grid))}]"
-            )
-        needed = (audio_vae.latent_channels, audio_vae.latent_mel_bins)
-        if audio is not None and (audio.ndim != 4 or (audio.shape[1], audio.shape[3]) != needed):
-            raise ValueError(
-                f"audio latents are {list(audio.shape)}; this model needs [batch, {needed[0]}, T, {needed[1]}]"
-            )
-        if video is not None and audio is not None and video.shape[0] != audio.shape[0]:
-            raise ValueError(
-                f"there are {video.shape[0]} videos and {audio.shape[0]} sounds; their number must be equal"
-            )
-
-    def _encode_images(self, latent: AVLatent) -> list[Tensor]:
-        if not latent.conditions:
-            return []
-        default_crf = default_image_crf(self.files.version)
-        cells = latent.clip.latent_height * latent.clip.latent_width
-        work = 80 * 7 * cells * 1024 * self.dtype.itemsize  # ComfyUI's planning figure for an encode of few frames
-        with phase("encoding images", self.device):
-            encoder = self._networks["video_encoder"].use(work)
-            return [
-                encoder(condition.pixels(latent.clip, default_crf).to(self.device, self.dtype))
-                for condition in latent.conditions
-            ]
-
-    def _states(self, latent: AVLatent, images: list[Tensor]) -> AV[LatentState]:
+    def _states(self, latent: AVLatent) -> AV[LatentState]:
         clip, audio_vae = latent.clip, self.config.audio_vae
         batch = next((part.shape[0] for part in latent.latents.present()), 1)
-        empty = AV(
-            (batch, self.config.video_vae.latent_channels, *clip.grid),
-            (batch, audio_vae.latent_channels, clip.audio_latents, audio_vae.latent_mel_bins),
-        )
-        video, audio = (
-            torch.zeros(shape, device=self.device, dtype=self.dtype)
-            if given is None
-            else given.to(self.device, self.dtype)
-            for given, shape in (
-                (latent.latents.video, empty.video),
-                (latent.latents.audio, empty.audio),
-            )
-        )
-        states = AV(
-            _masked(tokens.video_state(video, clip), latent.masks.video, tokens.patchify_video),
-            _masked(tokens.audio_state(audio), latent.masks.audio, tokens.patchify_audio),
-        )
-        for condition, image in zip(latent.conditions, images, strict=True):
-            states = AV(condition.apply(states.video, image), states.audio)
-        return states
 
-    def _sampling_bytes(self, states: AV[LatentState], num_passes: int) -> int:
-        widths = self.config.transformer.streams
-        per_pass = sum(
-            math.prod(state.latent.shape[:2]) * stream.dim
-            for state, stream in zip(states.present(), widths.present(), strict=True)
+        def placed(given: Tensor | None, *shape: int) -> Tensor:
+            if given is None:
+                return torch.zeros(batch, *shape, device=self.device, dtype=self.dtype)
+            return given.to(self.device, self.dtype)
+
+        def video() -> LatentState:
+            latents = placed(latent.latents.video, self.config.video_vae.latent_channels, *clip.grid)
+            return _masked(tokens.video_state(latents, clip), latent.masks.video, tokens.patchify_video)
+
+        def audio() -> LatentState:
+            shape = (audio_vae.latent_channels, clip.audio_latents, audio_vae.latent_mel_bins)
+            latents = placed(latent.latents.audio, *shape)
+            return _masked(tokens.audio_state(latents), latent.masks.audio, tokens.patchify_audio)
+
+        return AV(video() if latent.streams.video else None, audio() if latent.streams.audio else None)
+
+    def _noise(self, job: SampleJob) -> Callable[[AV[LatentState]], AV[Tensor]]:
+        channels = self.config.audio_vae.latent_channels
+        return noise_source(job.noise_layout, job.seed, self.device, audio_channels=channels)
+
+    def _sampling_bytes(self, states: AV[LatentState], copies: int) -> int:
+        elements = states.map(
+            lambda state, stream: math.prod(state.latent.shape[:2]) * stream.dim, self.config.transformer.streams
         )
-        return per_pass * num_passes * _LIVE_WIDTHS * self.dtype.itemsize
+        return sum(elements.present()) * copies * _LIVE_WIDTHS * self.dtype.itemsize
 
     def _result(self, latent: AVLatent, states: AV[LatentState], x: AV[Tensor]) -> AVLatent:
         target = x.map(lambda x, state: state.target(x).float().cpu(), states)
-        sampled = AV(
-            tokens.unpatchify_video(target.video, latent.clip.grid),
-            tokens.unpatchify_audio(target.audio, self.config.audio_vae.latent_channels),
+        unpatchify = AV(
+            partial(tokens.unpatchify_video, grid=latent.clip.grid),
+            partial(tokens.unpatchify_audio, channels=self.config.audio_vae.latent_channels),
         )
+        sampled = target.map(lambda x, unpatchify: unpatchify(x), unpatchify)
         return replace(latent, latents=sampled, masks=AV(), conditions=())
 
     # decoding ---------------------------------------------------------------------------------------------------
@@ -297,6 +277,40 @@ class LocalEngine:
         return waveform
 
 
+class _Encoders:
+    """The model's encoders for conditions (`conditioning.condition.Encoders`)."""
+
+    def __init__(self, engine: LocalEngine):
+        self._engine = engine
+
+    @property
+    def default_crf(self) -> int:
+        return default_image_crf(self._engine.files.version)
+
+    def video(self, pixels: Tensor) -> Tensor:
+        engine = self._engine
+        plan_for = partial(
+            tiling.plan_encode, engine.config.video_vae, tuple(pixels.shape), engine.dtype.itemsize, choice="auto"
+        )
+        with phase("encoding pictures", engine.device):
+            encoder = engine._networks["video_encoder"].use(plan_for(None).work_bytes)
+            plan = plan_for(host().free_bytes(str(engine.device)))
+            with host().progress(pixels.shape[2], "encoding pictures") as progress:
+                return tiling.encode(encoder, pixels.to(engine.dtype), plan, lambda done, _: progress.to(done))
+
+    def audio(self, waveform: Tensor, sample_rate: int) -> Tensor:
+        engine = self._engine
+        with phase("encoding sound", engine.device):
+            encoder = engine._networks["audio_encoder"].use(_AUDIO_WORK_BYTES)
+            host().check_interrupt()
+            return encode_waveform(encoder, waveform, sample_rate, engine.config.audio_vae).to(engine.dtype)
+
+
+def _held(state: LatentState) -> LatentState:
+    """A frozen stream generates nothing, whatever its mask said when the noise was laid on."""
+    return replace(state, mask=torch.zeros_like(state.mask)) if state.frozen else state
+
+
 def _masked(state: LatentState, mask: Tensor | None, patchify: Callable[[Tensor], Tensor]) -> LatentState:
     if mask is None:
         return state
@@ -304,21 +318,38 @@ def _masked(state: LatentState, mask: Tensor | None, patchify: Callable[[Tensor]
     return replace(state, mask=levels.contiguous())
 
 
-def _network(files: ModelFiles, name: str, dtype: torch.dtype) -> Component[nn.Module]:
+def _upscaled(clip: ClipShape, grid: tuple[int, int, int], *, temporal: bool) -> ClipShape:
+    frames, height, width = grid
+    return ClipShape(
+        (frames - 1) * VIDEO_TIME_FACTOR + 1,
+        height * VIDEO_SPACE_FACTOR,
+        width * VIDEO_SPACE_FACTOR,
+        clip.fps * 2 if temporal else clip.fps,
+    )
+
+
+def _network(files: ModelFiles, name: str, dtype: torch.dtype, loras: list[tuple[LoraFile, float]]) -> Component[Any]:
+    # a LoRA that does not fit is said before weights are read
+    report = match(build_on_meta(name, files.config), loras) if loras else None
+
     def load(on_bytes: Callable[[int], None]) -> nn.Module:
+        device = files.spec.device
         module = build_on_meta(name, files.config)
-        return load_component(module, files.checkpoint, name, device=files.spec.device, dtype=dtype, on_bytes=on_bytes)
+        module = load_component(module, files.checkpoint, name, device=device, dtype=dtype, on_bytes=on_bytes)
+        if loras:
+            fuse(module, loras, device=device, on_bytes=on_bytes)
+        return module
 
     return Component(
-        name.replace("_", " "),
+        name.replace("_", " ") + (" with LoRA" if loras else ""),
         device=files.spec.device,
         weight_bytes=files.elements(name) * dtype.itemsize,
-        file_bytes=component_bytes(files.checkpoint, name),
+        file_bytes=component_bytes(files.checkpoint, name) + (0 if report is None else report.size_bytes),
         load=load,
     )
 
 
-def _text_encoder(files: ModelFiles, dtype: torch.dtype) -> Component[nn.Module]:
+def _text_encoder(files: ModelFiles, dtype: torch.dtype) -> Component[Any]:
     def load(on_bytes: Callable[[int], None]) -> nn.Module:
         with torch.device("meta"):
             module = gemma.build_gemma(files.text_config)
@@ -349,10 +380,18 @@ _engines: weakref.WeakValueDictionary[ModelSpec, LocalEngine] = weakref.WeakValu
 
 
 def open_engine(spec: ModelSpec) -> LocalEngine:
-    """The engine of these files on this device; the one that is already there, if any handle still holds it."""
+    """The engine of these files on this device; the one that is already there, if any handle still holds it.
+
+    Engines of one model with different LoRAs share every network but the transformer.
+    """
     engine = _engines.get(spec)
     if engine is None:
-        _engines[spec] = engine = LocalEngine(ModelFiles.read(spec))
+        if spec.loras:
+            base = open_engine(spec.base)
+            engine = LocalEngine(replace(base.files, spec=spec), base)
+        else:
+            engine = LocalEngine(ModelFiles.read(spec))
+        _engines[spec] = engine
     return engine
 
 
@@ -367,15 +406,26 @@ class ModelHandle:
     def label(self) -> str:
         return self.engine.files.version.label
 
+    def with_lora(self, path: Path, strength: float) -> ModelHandle:
+        """A handle of this model with one LoRA more; this one stays as it is. Raises as ``read_lora`` and ``match`` do."""
+        spec = self.spec.with_lora(path, strength)
+        return ModelHandle(spec, open_engine(spec))
+
+    def reference_factors(self) -> tuple[int, int]:
+        """How much smaller and how much sparser reference videos are, as the LoRAs' files say; 1 and 1 without."""
+        return reference_factors([read_lora(one.path) for one in self.spec.loras])
+
     def __str__(self) -> str:
-        return f"LTX-{self.label} ({self.spec.checkpoint.name}, {self.spec.dtype}, {self.spec.device})"
+        loras = "".join(f", {one.path.name} {one.strength:g}" for one in self.spec.loras)
+        return f"LTX-{self.label} ({self.spec.checkpoint.name}{loras}, {self.spec.dtype}, {self.spec.device})"
 
 
 @dataclass(frozen=True)
 class Guider:
-    """What an LTX2_GUIDER link carries: a model, its prompts and how strongly to guide."""
+    """What an LTX2_GUIDER link carries: a model, its prompts, how strongly to guide and how passes are evaluated."""
 
     model: ModelHandle
     positive: Context
     negative: Context | None
     guidance: AV[StreamGuidance]
+    evaluation: str = "auto"

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .av import AV
+from .conditioning.attention import attention_bias
 from .conditioning.state import LatentState
 from .sampling.denoise import Evaluate
 from .sampling.guidance import GuidancePass
-from .transformer.inputs import Perturbation, StreamInput, Timesteps, plan_keeps
+from .transformer.inputs import Pass, Perturbation, StreamInput, Timesteps, plan_keeps
 from .transformer.model import Transformer
 from .transformer.rope import Rotary
 
@@ -32,19 +33,49 @@ def batched_evaluate(
 
     Nothing in the returned function waits for the device: levels, masks and tables are built now.
     """
-    contexts = _stack_contexts(model, states, passes, positive, negative)
-    tables = model.rotary_tables(states.map(lambda state: state.positions))
-    templates = states.map(
-        lambda state, context, tables: _Template(state, context, tables, len(passes)), contexts, tables
-    )
+    prompts = _project(model, states, positive, negative)
+    contexts = states.map(lambda _, *both: torch.cat([both[one.negative] for one in passes]), *prompts)
+    templates = _templates(model, states, contexts, len(passes))
     first = next(states.present())
     perturbations = [_perturbation(one) for one in passes for _ in range(first.latent.shape[0])]
     keeps = plan_keeps(perturbations, model.config.num_layers, first.latent.device, first.latent.dtype)
 
-    def evaluate(x: AV[Tensor], sigma: float) -> AV[Tensor]:
-        return model(templates.map(lambda t, x: t.at(x, sigma), x), keeps=keeps, on_block=on_block)
+    def evaluate(x: AV[Tensor], sigma: float, enabled: AV[bool]) -> list[AV[Tensor]]:
+        velocity = model(templates.map(lambda t, x, on: t.at(x, sigma, on), x, enabled), keeps=keeps, on_block=on_block)
+        chunks = velocity.map(lambda v: v.chunk(len(passes)))
+        return [chunks.map(lambda parts, index=index: parts[index]) for index in range(len(passes))]
 
     return evaluate
+
+
+def split_evaluate(
+    model: Transformer,
+    states: AV[LatentState],
+    passes: Sequence[GuidancePass],
+    positive: AV[Tensor],
+    negative: AV[Tensor] | None,
+    on_block: Callable[[], None],
+    *,
+    share_prefixes: bool = True,
+) -> Evaluate:
+    """An evaluation of one pass at a time, block after block over all passes; arguments as above.
+
+    A pass's flags are plain Python: what it skips is not computed, and what passes have in common is computed once.
+    """
+    prompts = _project(model, states, positive, negative)
+    templates = [_templates(model, states, prompt, 1) for prompt in prompts]
+    perturbations = [_perturbation(one) for one in passes]
+
+    def evaluate(x: AV[Tensor], sigma: float, enabled: AV[bool]) -> list[AV[Tensor]]:
+        # passes of one prompt get one input object, by which the model knows that they begin alike
+        inputs = [template.map(lambda t, x, on: t.at(x, sigma, on), x, enabled) for template in templates]
+        chosen = [Pass(inputs[one.negative], skips) for one, skips in zip(passes, perturbations, strict=True)]
+        return model.run_passes(chosen, share_prefixes=share_prefixes, on_block=on_block)
+
+    return evaluate
+
+
+EVALUATIONS = {"split": split_evaluate, "batched": batched_evaluate}
 
 
 def _perturbation(one: GuidancePass) -> Perturbation:
@@ -56,22 +87,20 @@ def _perturbation(one: GuidancePass) -> Perturbation:
     )
 
 
-def _stack_contexts(
-    model: Transformer,
-    states: AV[LatentState],
-    passes: Sequence[GuidancePass],
-    positive: AV[Tensor],
-    negative: AV[Tensor] | None,
-) -> AV[Tensor]:
-    """Each prompt is projected once and repeated for the passes and samples that use it."""
-    positive = model.project_contexts(positive)
-    negative = positive if negative is None else model.project_contexts(negative)
+def _project(
+    model: Transformer, states: AV[LatentState], positive: AV[Tensor], negative: AV[Tensor] | None
+) -> tuple[AV[Tensor], AV[Tensor]]:
+    """The contexts of both prompts for every sample; each prompt is projected once."""
+    prompts = [model.project_contexts(features) for features in (positive, negative or positive)]
+    first, second = (
+        states.map(lambda state, context: context.expand(state.latent.shape[0], -1, -1), prompt) for prompt in prompts
+    )
+    return first, second
 
-    def stack(state: LatentState, pos: Tensor, neg: Tensor) -> Tensor:
-        batch = state.latent.shape[0]
-        return torch.cat([(neg if one.negative else pos).expand(batch, -1, -1) for one in passes])
 
-    return states.map(stack, positive, negative)
+def _templates(model: Transformer, states: AV[LatentState], contexts: AV[Tensor], copies: int) -> AV[_Template]:
+    tables = model.rotary_tables(states.map(lambda state: state.positions))
+    return states.map(lambda *parts: _Template(*parts, copies), contexts, tables)
 
 
 class _Template:
@@ -83,16 +112,20 @@ class _Template:
         # only a few mask values are distinct; finding them waits for the device, so it happens here and not in a step
         levels, index = state.mask[..., 0].unique(return_inverse=True)
         self.levels = levels.expand(batch, -1)
-        self.ones = levels.new_ones(batch)
+        # a stream that is held fixed is at level 0 for the modules that see one level a stream
+        self.own = levels.new_full((batch,), 0.0 if state.frozen else 1.0)
+        bias = attention_bias(state, state.latent.dtype)
         self.input = StreamInput(
             latent=state.latent,
-            timesteps=Timesteps(self.levels, None if len(levels) == 1 else index.repeat(copies, 1), self.ones),
+            timesteps=Timesteps(self.levels, None if len(levels) == 1 else index.repeat(copies, 1), self.own),
             context=context,
             rotary=tables[0],
             cross_rotary=tables[1],
+            attention_bias=None if bias is None else bias.repeat(copies, 1, 1, 1),
             keyframes_mask=state.keyframes_mask,
         )
 
-    def at(self, x: Tensor, sigma: float) -> StreamInput:
-        times = Timesteps(self.levels * sigma, self.input.timesteps.index, self.ones * sigma)
-        return replace(self.input, latent=x.repeat(self.copies, 1, 1), timesteps=times)
+    def at(self, x: Tensor, sigma: float, enabled: bool) -> StreamInput:
+        times = Timesteps(self.levels * sigma, self.input.timesteps.index, self.own * sigma)
+        tokens = x if self.copies == 1 else x.repeat(self.copies, 1, 1)
+        return replace(self.input, latent=tokens, timesteps=times, enabled=enabled)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 DTYPES = ("auto", "bfloat16", "float32")
+
+# path, size and time of change: a replaced file is another file
+Identity = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A LoRA and how strongly it counts; 1 is what it was trained for."""
+
+    path: Path
+    strength: float
+    identity: Identity
 
 
 @dataclass(frozen=True)
@@ -13,14 +26,15 @@ class ModelSpec:
     """One model on one device.
 
     checkpoint: the LTX-2 file. text_encoder: the Gemma folder. dtype: ``bfloat16`` or ``float32``.
-    identity: size and time of change of every file, so that a replaced file is another model.
+    identity: of every file. loras: added to the transformer in this order.
     """
 
     checkpoint: Path
     text_encoder: Path
     dtype: str
     device: str
-    identity: tuple[tuple[str, int, int], ...]
+    identity: tuple[Identity, ...]
+    loras: tuple[LoraSpec, ...] = ()
 
     @classmethod
     def of(cls, checkpoint: Path, text_encoder: Path, *, dtype: str, device: str) -> ModelSpec:
@@ -33,5 +47,20 @@ class ModelSpec:
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
         files = [checkpoint, *sorted(p for p in text_encoder.iterdir() if p.suffix in (".safetensors", ".json"))]
-        identity = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-        return cls(checkpoint, text_encoder, dtype, device, identity)
+        return cls(checkpoint, text_encoder, dtype, device, tuple(_identity(path) for path in files))
+
+    def with_lora(self, path: Path, strength: float) -> ModelSpec:
+        """This model with one LoRA more. Raises ValueError for a strength that is not a number from -10 to 10."""
+        if not (math.isfinite(strength) and abs(strength) <= 10):
+            raise ValueError(f"{path.name}: a LoRA's strength must be a number from -10 to 10, found {strength}")
+        return replace(self, loras=(*self.loras, LoraSpec(path, strength, _identity(path))))
+
+    @property
+    def base(self) -> ModelSpec:
+        """The model without its LoRAs."""
+        return replace(self, loras=())
+
+
+def _identity(path: Path) -> Identity:
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 
 from .config.version import ModelVersion
 
-SAMPLERS = ("euler",)
+SAMPLERS = ("euler", "euler_ancestral", "res_2s", "gradient_estimation", "euler_cfg_pp")
+NOISE_KINDS = ("normalised", "plain")
+EVALUATIONS = ("auto", "split", "batched")
+NOISE_LAYOUTS = ("ltx", "comfy")
 SCHEDULES = ("distilled", "distilled stage 2", "ltx-2")
 TILINGS = ("auto", "none", "temporal", "spatial")
 
@@ -32,9 +35,28 @@ GUIDANCE_PRESETS: Mapping[str, Mapping[str, float | str]] = {
         **dict.fromkeys(("video_cfg", "video_modality", "audio_cfg", "audio_modality"), 1.0),
         **dict.fromkeys(("video_stg", "video_rescale", "audio_stg", "audio_rescale"), 0.0),
         "stg_blocks": "28",
+        "evaluation": "auto",
     },
-    "guided 2.0": {**_GUIDED, "stg_blocks": "29"},
-    "guided 2.3/2.5": {**_GUIDED, "stg_blocks": "28"},
+    "guided 2.0": {**_GUIDED, "stg_blocks": "29", "evaluation": "auto"},
+    "guided 2.3/2.5": {**_GUIDED, "stg_blocks": "28", "evaluation": "auto"},
+    "hq": {
+        **_GUIDED,
+        "video_stg": 0.0,
+        "video_rescale": 0.45,
+        "audio_stg": 0.0,
+        "audio_rescale": 1.0,
+        "stg_blocks": "",
+        "evaluation": "split",
+    },
+}
+
+# What choosing a sampler fills (ltx-pipelines 1.2); sde_seed -1 is the reference's fixed seed.
+SAMPLER_PRESETS: Mapping[str, Mapping[str, float | int | str | bool]] = {
+    "euler": {"eta": 0.0, "noise_kind": "plain", "sde_seed": -1, "follow_seed": False},
+    "euler_ancestral": {"eta": 1.0, "noise_kind": "plain", "sde_seed": -1, "follow_seed": True},
+    "res_2s": {"eta": 0.5, "noise_kind": "normalised", "sde_seed": -1, "follow_seed": False},
+    "gradient_estimation": {"eta": 0.0, "noise_kind": "plain", "sde_seed": -1, "follow_seed": False},
+    "euler_cfg_pp": {"eta": 1.0, "noise_kind": "plain", "sde_seed": -1, "follow_seed": False},
 }
 
 

@@ -41,5 +41,39 @@ class LTX2Decode:
 
     @classmethod
     def execute(cls, model, latent, tiling="auto"):
+        if not latent.streams.video:
+            raise ValueError("this clip is sound only: decode it with LTX-2 Decode Audio")
         clip = model.engine.decode(latent, tiling)
-        return clip.frames, {"waveform": clip.waveform, "sample_rate": clip.sample_rate}, clip.fps
+        return clip.frames, _audio(clip), clip.fps
+
+
+class LTX2DecodeAudio:
+    """Decodes the sound of a sampled latent, and nothing else."""
+
+    CATEGORY = "LTX-2 Engine/latent"
+    DESCRIPTION = "Decodes the sound of a sampled latent, and nothing else."
+    SEARCH_ALIASES = ["vae decode audio", "text to audio"]
+    FUNCTION = "execute"
+    RETURN_TYPES = ("AUDIO",)
+    RETURN_NAMES = ("audio",)
+    OUTPUT_TOOLTIPS = ("The sound as the model made it.",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": LINK(links.MODEL, "The model that sampled the latent."),
+                "latent": LINK(links.LATENT, "The sampled latent."),
+            }
+        }
+
+    @classmethod
+    def execute(cls, model, latent):
+        if not latent.streams.audio:
+            raise ValueError("this clip has no sound: it was made as video only")
+        return (_audio(model.engine.decode(latent.without_video(), "auto")),)
+
+
+def _audio(clip):
+    """A native AUDIO; None for a clip without sound, which Create Video takes for silence."""
+    return None if clip.waveform is None else {"waveform": clip.waveform, "sample_rate": clip.sample_rate}

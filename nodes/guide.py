@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from ..ltx2_core.presets import GUIDANCE_PRESETS
+from ..ltx2_core.presets import EVALUATIONS, GUIDANCE_PRESETS
 from . import links
-from .fields import COMBO, FLOAT, LINK, STRING
+from .fields import COMBO, FLOAT, INT, LINK, STRING
 
 _LOG = logging.getLogger("ltx2.nodes")
 
@@ -49,7 +49,8 @@ class LTX2Guider:
                 "preset": COMBO(
                     list(GUIDANCE_PRESETS),
                     "Fills the numbers below: distilled for distilled checkpoints (no guidance, one pass a step), guided "
-                    "2.0 or guided 2.3/2.5 for full checkpoints of that version (four passes a step).",
+                    "2.0 or guided 2.3/2.5 for full checkpoints of that version (four passes a step), hq for full "
+                    "checkpoints with the res_2s sampler (three passes).",
                     # the browser extension fills the widgets from this table
                     ltx2_fills={name: dict(values) for name, values in GUIDANCE_PRESETS.items()},
                 ),
@@ -60,7 +61,25 @@ class LTX2Guider:
                 ),
             },
             "optional": {
-                "negative": LINK(links.CONTEXT, "The negative prompt; needed when video_cfg or audio_cfg is not 1."),
+                "negative": LINK(
+                    links.CONTEXT, "The negative prompt; needed when video_cfg or audio_cfg is not 1, or by CFG++."
+                ),
+                "evaluation": COMBO(
+                    EVALUATIONS,
+                    "How the passes of a step run. split: one after the other, sharing what they have in common; batched: "
+                    "all at once, which takes more memory. auto chooses by size.",
+                    advanced=True,
+                ),
+                **{
+                    f"{stream}_skip_step": INT(
+                        0,
+                        0,
+                        100,
+                        f"How many steps after each evaluated one reuse its {what}; higher is faster and rougher. 0 is off.",
+                        advanced=True,
+                    )
+                    for stream, what in (("video", "picture"), ("audio", "sound"))
+                },
             },
         }
 
@@ -78,20 +97,40 @@ class LTX2Guider:
         return True
 
     @classmethod
-    def execute(cls, model, positive, preset, stg_blocks, negative=None, **numbers):
+    def execute(
+        cls,
+        model,
+        positive,
+        preset,
+        video_cfg,
+        video_stg,
+        video_modality,
+        video_rescale,
+        audio_cfg,
+        audio_stg,
+        audio_modality,
+        audio_rescale,
+        stg_blocks,
+        negative=None,
+        evaluation="auto",
+        video_skip_step=0,
+        audio_skip_step=0,
+    ):
         from ..ltx2_core.av import AV
         from ..ltx2_core.engine import Guider
         from ..ltx2_core.sampling.guidance import StreamGuidance
 
-        _log_changes(preset, {**numbers, "stg_blocks": stg_blocks})
         blocks = parse_blocks(stg_blocks)
-        guidance = AV(
-            *(
-                StreamGuidance(**{name: numbers[f"{stream}_{name}"] for name in _STRENGTHS}, stg_blocks=blocks)
-                for stream in ("video", "audio")
-            )
+        strengths = AV(
+            {"cfg": video_cfg, "stg": video_stg, "modality": video_modality, "rescale": video_rescale},
+            {"cfg": audio_cfg, "stg": audio_stg, "modality": audio_modality, "rescale": audio_rescale},
         )
-        return (Guider(model, positive, negative, guidance),)
+        _log_changes(preset, strengths, stg_blocks, evaluation)
+        guidance = strengths.map(
+            lambda values, skip: StreamGuidance(**values, stg_blocks=blocks, skip_step=skip),
+            AV(video_skip_step, audio_skip_step),
+        )
+        return (Guider(model, positive, negative, guidance, evaluation),)
 
 
 def parse_blocks(text: str) -> tuple[int, ...]:
@@ -105,9 +144,11 @@ def parse_blocks(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-def _log_changes(preset: str, values: dict) -> None:
-    changed = [
-        f"{name} {values[name]} (preset {own})" for name, own in GUIDANCE_PRESETS[preset].items() if values[name] != own
-    ]
+def _log_changes(preset: str, strengths, stg_blocks: str, evaluation: str) -> None:
+    values = {f"video_{name}": value for name, value in strengths.video.items()}
+    values |= {f"audio_{name}": value for name, value in strengths.audio.items()}
+    values |= {"stg_blocks": stg_blocks, "evaluation": evaluation}
+    own = GUIDANCE_PRESETS[preset]
+    changed = [f"{name} {values[name]} (preset {own[name]})" for name in own if values[name] != own[name]]
     if changed:
         _LOG.info("guidance %r with %s", preset, ", ".join(changed))

@@ -12,7 +12,9 @@ from ..ltx2_core.shapes import (
     frames_for_seconds,
 )
 from . import links
-from .fields import FLOAT, INT
+from .fields import COMBO, FLOAT, INT
+
+STREAMS = ("video and sound", "video only", "sound only")
 
 
 class LTX2EmptyLatent:
@@ -59,6 +61,11 @@ class LTX2EmptyLatent:
                     "Length in seconds, rounded down to 8k + 1 frames. 0 takes the number of frames instead.",
                     step=0.5,
                 ),
+                "streams": COMBO(
+                    STREAMS,
+                    "What is made. Sound only takes its length from the frames and ignores width and height.",
+                    advanced=True,
+                ),
             },
         }
 
@@ -74,10 +81,13 @@ class LTX2EmptyLatent:
         return True
 
     @classmethod
-    def execute(cls, width, height, frames, fps, seconds=0.0):
+    def execute(cls, width, height, frames, fps, seconds=0.0, streams="video and sound"):
         from ..ltx2_core.conditioning.latent import AVLatent
 
-        return (AVLatent(cls._clip(width, height, frames, fps, seconds)),)
+        clip = cls._clip(width, height, frames, fps, seconds)
+        if streams == "sound only":
+            return (AVLatent.sound_only(clip.frames, clip.fps),)
+        return (AVLatent.video_only(clip) if streams == "video only" else AVLatent(clip),)
 
     @staticmethod
     def _clip(width, height, frames, fps, seconds):

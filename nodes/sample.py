@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ltx2_core.presets import SAMPLERS, SCHEDULES
+from ..ltx2_core.presets import NOISE_KINDS, NOISE_LAYOUTS, SAMPLER_PRESETS, SAMPLERS, SCHEDULES
 from . import links
 from .fields import BOOL, COMBO, FLOAT, INT, LINK
 
@@ -79,13 +79,87 @@ class LTX2SelectSampler:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"sampler": COMBO(SAMPLERS, "euler: one evaluation of the model a step.")}}
+        return {
+            "required": {
+                "sampler": COMBO(
+                    SAMPLERS,
+                    "euler: one evaluation of the model a step. euler_ancestral: with fresh noise every step, for distilled "
+                    "2.5. res_2s: two evaluations a step and fresh noise, best quality. gradient_estimation: fewer steps "
+                    "for the same quality. euler_cfg_pp: CFG++, needs a negative prompt. Choosing one fills the settings.",
+                    # the browser extension fills the widgets from this table
+                    ltx2_fills={name: dict(values) for name, values in SAMPLER_PRESETS.items()},
+                ),
+            },
+            "optional": {
+                "eta": FLOAT(
+                    0.0,
+                    0.0,
+                    1.0,
+                    "Share of each step that is replaced by fresh noise (euler_ancestral, res_2s, euler_cfg_pp); 0 is "
+                    "deterministic.",
+                ),
+                "substep_eta": FLOAT(0.5, 0.0, 1.0, "The same for the midpoint of a step (res_2s).", advanced=True),
+                "s_noise": FLOAT(
+                    1.0, 0.0, 100.0, "Strength of the fresh noise (euler_ancestral, euler_cfg_pp).", advanced=True
+                ),
+                "bong": BOOL(True, "Whether a noised midpoint moves the start of its step (res_2s).", advanced=True),
+                "gamma": FLOAT(
+                    2.0,
+                    0.0,
+                    10.0,
+                    "How far the velocity is extrapolated (gradient_estimation); 1 is plain Euler.",
+                    advanced=True,
+                ),
+                "noise_kind": COMBO(
+                    NOISE_KINDS,
+                    "normalised: fresh noise of exactly mean 0 and deviation 1; plain: as drawn.",
+                    default="plain",
+                    advanced=True,
+                ),
+                "sde_seed": INT(
+                    -1,
+                    -1,
+                    0xFFFFFFFFFFFFFFFF,
+                    "Seed of the fresh noise. -1 is the reference's fixed seed: every clip gets the same fresh noise.",
+                    advanced=True,
+                ),
+                "follow_seed": BOOL(
+                    False, "Whether fresh noise follows the sampler's seed instead of sde_seed.", advanced=True
+                ),
+            },
+        }
 
     @classmethod
-    def execute(cls, sampler):
-        from ..ltx2_core.sampling.samplers import SamplerChoice
+    def fill(cls, name, value):
+        """The inputs that choosing ``value`` for the input ``name`` fills, as the browser extension does."""
+        return dict(SAMPLER_PRESETS.get(value, {})) if name == "sampler" else {}
 
-        return (SamplerChoice(sampler),)
+    @classmethod
+    def execute(
+        cls,
+        sampler,
+        eta=0.0,
+        substep_eta=0.5,
+        s_noise=1.0,
+        bong=True,
+        gamma=2.0,
+        noise_kind="plain",
+        sde_seed=-1,
+        follow_seed=False,
+    ):
+        from ..ltx2_core.sampling.choice import FOLLOW_NOISE_SEED, SamplerChoice
+
+        choice = SamplerChoice(
+            sampler,
+            eta=eta,
+            substep_eta=substep_eta,
+            s_noise=s_noise,
+            bong=bong,
+            gamma=gamma,
+            noise_kind=noise_kind,
+            sde_seed=FOLLOW_NOISE_SEED if follow_seed else sde_seed,
+        )
+        return (choice,)
 
 
 class LTX2Sampler:
@@ -114,12 +188,30 @@ class LTX2Sampler:
                     "Seed of the starting noise. Another seed gives another clip.",
                     control_after_generate=True,
                 ),
-            }
+            },
+            "optional": {
+                "noise_layout": COMBO(
+                    NOISE_LAYOUTS,
+                    "ltx: starting noise as Lightricks' own code draws it on this device. comfy: as ComfyUI draws it on the "
+                    "CPU, so that a seed starts from the same noise as there.",
+                    advanced=True,
+                ),
+            },
         }
 
     @classmethod
-    def execute(cls, guider, latent, sigmas, sampler, seed):
-        from ..ltx2_core.engine import SampleJob
+    def execute(cls, guider, latent, sigmas, sampler, seed, noise_layout="ltx"):
+        from ..ltx2_core.job import SampleJob
 
-        job = SampleJob(latent, guider.positive, guider.negative, guider.guidance, sigmas, sampler, seed)
+        job = SampleJob(
+            latent,
+            guider.positive,
+            guider.negative,
+            guider.guidance,
+            sigmas,
+            sampler,
+            seed,
+            evaluation=guider.evaluation,
+            noise_layout=noise_layout,
+        )
         return (guider.model.engine.sample(job),)

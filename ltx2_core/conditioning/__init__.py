@@ -1,1 +1,1 @@
-"""Conditioning items: each turns a latent state into another one; new tokens are only ever appended."""
+"""Conditioning: each kind turns latent states into others; new tokens are only ever appended."""

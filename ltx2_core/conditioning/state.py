@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..shapes import VIDEO_SPACE_FACTOR, VIDEO_TIME_FACTOR, ClipShape
+from .attention import extended_mask
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class LatentState:
     positions: [1, axes, T, 2] float32 bounds (video: seconds, px, px; audio: seconds).
     keyframes_mask: [1, T, 1] float32, 1 on tokens of a latent frame that encodes one pixel frame; video only.
     num_target: how many of the T tokens are the target's.
+    frozen: the stream is held fixed: every token is kept, and its modules see noise level 0.
+    attention_mask: [B, T, T] in the latent's dtype, how strongly tokens see each other in 0..1; ``None`` = fully.
+    slots: tokens of generated keyframes, behind the target's.
     """
 
     latent: Tensor
@@ -27,9 +31,12 @@ class LatentState:
     positions: Tensor
     num_target: int
     keyframes_mask: Tensor | None = None
+    frozen: bool = False
+    attention_mask: Tensor | None = None
+    slots: range = range(0)
 
     def write(self, tokens: Tensor, start: int, strength: float) -> LatentState:
-        """Keep ``tokens`` [B, N, C] in place of the target's tokens from ``start`` on; ``strength`` 1 keeps them fully."""
+        """Keep ``tokens`` [1 or B, N, C] in place of the target's tokens from ``start`` on; ``strength`` 1 keeps them fully."""
         stop = start + tokens.shape[1]
         assert stop <= self.num_target, f"tokens {start}..{stop} exceed the target's {self.num_target}"
         clean, mask = self.clean.clone(), self.mask.clone()
@@ -38,17 +45,63 @@ class LatentState:
         return replace(self, clean=clean, mask=mask)
 
     def append(self, tokens: Tensor, positions: Tensor, strength: float) -> LatentState:
-        """Add conditioning tokens [B, N, C] at ``positions`` [1, axes, N, 2]; they start empty and are never marked."""
-        batch, count, _ = tokens.shape
-        tokens = tokens.to(self.latent)
-        marks = self.keyframes_mask
+        """Add conditioning tokens [1 or B, N, C] at ``positions`` [1, axes, N, 2]; they start empty, never marked."""
+        tokens = tokens.to(self.latent).expand(self.latent.shape[0], -1, -1)
+        return self._extended(torch.zeros_like(tokens), tokens, positions, 0.0 if self.frozen else 1.0 - strength, 0.0)
+
+    def append_slots(self, tokens: Tensor, positions: Tensor) -> LatentState:
+        """Add tokens [1 or B, N, C] that are generated as keyframes; sampling starts from their content.
+
+        Raises ValueError for a second set of them.
+        """
+        if self.slots:
+            raise ValueError("a clip has one set of generated keyframes: put all their frames into one")
+        start = self.latent.shape[1]
+        tokens = tokens.to(self.latent).expand(self.latent.shape[0], -1, -1)
+        wider = self._extended(tokens, torch.zeros_like(tokens), positions, 1.0, 1.0)
+        return replace(wider, slots=range(start, start + tokens.shape[1]))
+
+    def start_from(self, tokens: Tensor, mask: Tensor) -> LatentState:
+        """Take the target's content from ``tokens`` [1 or B, N, C]; ``mask`` [N] says what is generated anew.
+
+        An empty target also starts from them; one with content (a second stage) goes on from its own.
+        """
+        n = self.num_target
+        assert tokens.shape[1] == n, f"{tokens.shape[1]} tokens for a target of {n}"
+        tokens = tokens.to(self.latent).expand(self.latent.shape[0], -1, -1)
+        mask = mask.to(self.mask)[None, :, None].expand(tokens.shape[0], -1, -1)
+        empty = not bool(self.latent[:, :n].any())
         return replace(
             self,
-            latent=torch.cat((self.latent, torch.zeros_like(tokens)), 1),
-            clean=torch.cat((self.clean, tokens), 1),
-            mask=torch.cat((self.mask, self.mask.new_full((batch, count, 1), 1.0 - strength)), 1),
+            latent=torch.cat((tokens, self.latent[:, n:]), 1) if empty else self.latent,
+            clean=torch.cat((tokens, self.clean[:, n:]), 1),
+            mask=torch.cat((mask, self.mask[:, n:]), 1),
+        )
+
+    def freeze(self, tokens: Tensor) -> LatentState:
+        """Hold the whole stream at ``tokens`` [1 or B, N, C]: noise of any scale leaves it, since nothing is masked in."""
+        n = self.num_target
+        kept = self.start_from(tokens, self.mask.new_zeros(n))
+        latent = torch.cat((kept.clean[:, :n], kept.latent[:, n:]), 1)
+        return replace(kept, latent=latent, mask=torch.zeros_like(kept.mask), frozen=True)
+
+    def _extended(self, latent: Tensor, clean: Tensor, positions: Tensor, level: float, mark: float) -> LatentState:
+        batch, count, _ = latent.shape
+        # rounded to the latent's dtype, as in ltx-core 1.2
+        levels = latent.new_full((batch, count, 1), level).to(self.mask)
+        marks, attention = self.keyframes_mask, self.attention_mask
+        if attention is not None:
+            attention = extended_mask(attention, self.num_target, attention.shape[1], attention.new_ones(batch, count))
+        if marks is not None:
+            marks = torch.cat((marks, marks.new_full((marks.shape[0], count, 1), mark)), 1)
+        return replace(
+            self,
+            latent=torch.cat((self.latent, latent), 1),
+            clean=torch.cat((self.clean, clean), 1),
+            mask=torch.cat((self.mask, levels), 1),
             positions=torch.cat((self.positions, positions.to(self.positions)), 2),
-            keyframes_mask=None if marks is None else torch.cat((marks, marks.new_zeros(1, count, 1)), 1),
+            keyframes_mask=marks,
+            attention_mask=attention,
         )
 
     def target(self, x: Tensor) -> Tensor:
@@ -98,17 +151,25 @@ def unpatchify_audio(tokens: Tensor, channels: int) -> Tensor:
 
 
 def video_positions(grid: tuple[int, int, int], fps: float) -> Tensor:
-    """Bounds [1, 3, F * H * W, 2] float32: seconds, rows and columns in pixels (ltx-core 1.2).
+    """Bounds [1, 3, F * H * W, 2] float32: seconds, rows and columns in pixels (ltx-core 1.2)."""
+    bounds = pixel_bounds(grid)
+    bounds[0] /= fps
+    return bounds[None]
 
-    The first latent frame is one pixel frame, so time shifts by 7 frames and is cut at 0.
+
+def pixel_bounds(grid: tuple[int, int, int], *, starts_clip: bool = True) -> Tensor:
+    """Bounds [3, F * H * W, 2] float32 of latent cells in pixel frames, rows and columns.
+
+    Where they start a clip, the first latent frame is one pixel frame: time shifts by 7 frames and is cut at 0.
     """
     frames, height, width = (torch.arange(n, dtype=torch.float32) for n in grid)
     starts = torch.stack(torch.meshgrid(frames, height, width, indexing="ij")).flatten(1)
     bounds = torch.stack((starts, starts + 1), dim=-1)
     factors = bounds.new_tensor([VIDEO_TIME_FACTOR, VIDEO_SPACE_FACTOR, VIDEO_SPACE_FACTOR])
     bounds = bounds * factors[:, None, None]
-    bounds[0] = (bounds[0] + 1 - VIDEO_TIME_FACTOR).clamp(min=0) / fps
-    return bounds[None]
+    if starts_clip:
+        bounds[0] = (bounds[0] + 1 - VIDEO_TIME_FACTOR).clamp(min=0)
+    return bounds
 
 
 def audio_positions(count: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -40,6 +40,9 @@ class StreamGuidance:
     def skips(self, step: int) -> bool:
         """Whether this modality keeps its last result at ``step``; step 0 is always evaluated."""
         return self.skip_step != 0 and step % (self.skip_step + 1) != 0
+
+    def without_modality(self) -> StreamGuidance:
+        return replace(self, modality=1.0)
 
     @property
     def uses_cfg(self) -> bool:

@@ -1,49 +1,43 @@
-"""Samplers: functions of a denoiser, the noisy tokens and the noise levels."""
+"""The samplers by name: functions of a denoiser, the noisy tokens and the noise levels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
 
 from torch import Tensor
 
-from ...kernels import wide
 from ..av import AV
+from .ancestral import sample_euler_ancestral
+from .cfg_pp import sample_euler_cfg_pp
+from .choice import SAMPLER_NAMES, SamplerChoice
+from .euler import sample_euler
+from .gradient_estimation import sample_gradient_estimation
+from .noise import SamplerNoise
+from .protocols import Denoise, OnStep
+from .res2s import sample_res_2s
 
-Denoise = Callable[[AV[Tensor], float], AV[Tensor]]
-OnStep = Callable[[int, AV[Tensor]], None]
-Sampler = Callable[[Denoise, AV[Tensor], Sequence[float], OnStep], AV[Tensor]]
+__all__ = ["NEEDS_UNCOND", "SAMPLERS", "Denoise", "OnStep", "Sampler", "SamplerChoice", "evaluations"]
 
+# (denoise, x, sigmas, noise, choice, on_step) -> x at the last level. sigmas: host floats that fall strictly, the last
+# may be 0. x, and either modality of it, keeps its dtype.
+Sampler = Callable[[Denoise, AV[Tensor], Sequence[float], SamplerNoise, SamplerChoice, OnStep], AV[Tensor]]
 
-def sample_euler(denoise: Denoise, x: AV[Tensor], sigmas: Sequence[float], on_step: OnStep) -> AV[Tensor]:
-    """First-order steps along the flow (ltx-core 1.2, EulerDiffusionStep).
+SAMPLERS: Mapping[str, Sampler] = {
+    "euler": sample_euler,
+    "euler_ancestral": sample_euler_ancestral,
+    "res_2s": sample_res_2s,
+    "gradient_estimation": sample_gradient_estimation,
+    "euler_cfg_pp": sample_euler_cfg_pp,
+}
+assert tuple(SAMPLERS) == SAMPLER_NAMES
 
-    sigmas: host floats that fall; the last may be 0. on_step(index, x0) is called after every step and may raise.
-    Velocity and state are computed in float32 and rounded to the state's dtype in turn.
-    """
-    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x0 = denoise(x, sigma)
-        x = x.map(partial(_euler_step, sigma=sigma, sigma_next=sigma_next), x0)
-        on_step(index, x0)
-    return x
-
-
-def _euler_step(x: Tensor, x0: Tensor, *, sigma: float, sigma_next: float) -> Tensor:
-    velocity = ((wide(x) - wide(x0)) / sigma).to(x.dtype)
-    return (wide(x) + wide(velocity) * (sigma_next - sigma)).to(x.dtype)
-
-
-@dataclass(frozen=True)
-class SamplerChoice:
-    """A sampler by name. Raises ValueError for a name that is not in ``SAMPLERS``."""
-
-    name: str
-
-    def __post_init__(self):
-        if self.name not in SAMPLERS:
-            raise ValueError(f"there is no sampler {self.name!r}; choose {', '.join(SAMPLERS)}")
+# these read the unconditional prediction even where cfg is 1
+NEEDS_UNCOND = frozenset({"euler_cfg_pp"})
 
 
-SAMPLERS: Mapping[str, Sampler] = {"euler": sample_euler}
+def evaluations(name: str, sigmas: Sequence[float]) -> int:
+    """How often the sampler calls the denoiser over the schedule."""
+    num_steps = len(sigmas) - 1
+    if name == "res_2s":
+        return 2 * num_steps + (sigmas[-1] == 0.0)
+    return num_steps

@@ -8,9 +8,10 @@ from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning.image import ImageCondition
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
 from ltx2_engine.ltx2_core.conditioning.native import from_native
-from ltx2_engine.ltx2_core.engine import SampleJob, open_engine
-from ltx2_engine.ltx2_core.evaluate import batched_evaluate
+from ltx2_engine.ltx2_core.engine import _Encoders, open_engine
+from ltx2_engine.ltx2_core.evaluate import batched_evaluate, split_evaluate
 from ltx2_engine.ltx2_core.host import Interrupted, StandaloneHost, use_host
+from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.model_spec import ModelSpec
 from ltx2_engine.ltx2_core.presets import DISTILLED_SIGMAS
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
@@ -38,6 +39,12 @@ def engine(request, tiny_engine):
 
 def image(seed=0):
     return torch.rand(70, 110, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def encoded(engine, latent):
+    """The first image of a latent as the engine encodes it."""
+    encoders = _Encoders(engine)
+    return encoders.video(latent.conditions[0].pixels(CLIP, encoders.default_crf))
 
 
 def job(engine, *, guidance=OFF, sigmas=(1.0, 0.6, 0.0), seed=3, latent=None):
@@ -80,7 +87,7 @@ def test_every_tiling_decodes_the_same_clip(engine):
 
 def test_the_first_image_is_kept(engine):
     latent = AVLatent(CLIP).with_condition(ImageCondition(image(), 1.0, crf=0))
-    want = engine._encode_images(latent)[0]
+    want = encoded(engine, latent)
     got = engine.sample(job(engine, latent=latent)).latents.video
     assert_close("first latent frame", got[:, :, :1], want, 1e-5)
     free = engine.sample(job(engine)).latents.video
@@ -98,8 +105,7 @@ def test_a_weak_image_is_changed_by_the_model(engine):
 def test_image_compression_follows_the_version(engine):
     """33 before 2.4, so the default equals that number and differs from none."""
     latents = [
-        engine._encode_images(AVLatent(CLIP).with_condition(ImageCondition(image(), 1.0, crf=crf)))[0]
-        for crf in (None, 33, 0)
+        encoded(engine, AVLatent(CLIP).with_condition(ImageCondition(image(), 1.0, crf=crf))) for crf in (None, 33, 0)
     ]
     assert torch.equal(latents[0], latents[1])
     assert not torch.equal(latents[0], latents[2])
@@ -110,22 +116,21 @@ def test_batched_passes_equal_single_calls(engine):
     passes = plan_passes(AV(GUIDED, GUIDED))
     one = job(engine, guidance=GUIDED)
     latent = AVLatent(CLIP).with_condition(ImageCondition(image(), 0.8, crf=0))
-    states = engine._states(latent, engine._encode_images(latent))
+    states = latent.conditioned(engine._states(latent), _Encoders(engine))
     model = engine._networks["transformer"].use(0)
     x = states.map(lambda state: torch.randn(state.latent.shape, generator=torch.Generator().manual_seed(1)))
 
-    def evaluate(passes):
-        return batched_evaluate(model, states, passes, one.positive.features, one.negative.features, lambda: None)(
-            x, 0.7
-        )
+    def evaluate(kind, passes):
+        prompts = one.positive.features, one.negative.features
+        return kind(model, states, passes, *prompts, lambda: None)(x, 0.7, AV(True, True))
 
     assert [p.name for p in passes] == ["cond", "uncond", "perturbed", "isolated"]
-    together = evaluate(passes)
-    for index, single in enumerate(passes):
-        alone = evaluate((single,))
-        assert_close(f"{single.name} video", together.video[index : index + 1], alone.video, 1e-5)
-        assert_close(f"{single.name} audio", together.audio[index : index + 1], alone.audio, 1e-5)
-    assert len({float(part.sum()) for part in together.video}) == 4, "passes that should differ are equal"
+    together = evaluate(batched_evaluate, passes)
+    for single, batched in zip(passes, together, strict=True):
+        (alone,) = evaluate(split_evaluate, (single,))
+        assert_close(f"{single.name} video", batched.video, alone.video, 1e-5)
+        assert_close(f"{single.name} audio", batched.audio, alone.audio, 1e-5)
+    assert len({float(part.video.sum()) for part in together}) == 4, "passes that should differ are equal"
 
 
 def test_guidance_changes_the_clip(engine):

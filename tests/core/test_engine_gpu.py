@@ -7,7 +7,8 @@ import torch
 from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning.image import ImageCondition
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
-from ltx2_engine.ltx2_core.engine import SampleJob, open_engine
+from ltx2_engine.ltx2_core.engine import open_engine
+from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.sampling import samplers
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance
 from ltx2_engine.ltx2_core.sampling.samplers import SamplerChoice
@@ -63,20 +64,24 @@ def test_the_gpu_agrees_with_the_cpu(engines, exact_matmuls, monkeypatch):
     assert_close("waveform", ours.waveform, theirs.waveform, 1e-3)
 
 
-def test_no_step_waits_for_the_device(engines, monkeypatch):
+@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "res_2s", "gradient_estimation", "euler_cfg_pp"])
+@pytest.mark.parametrize("evaluation", ["split", "batched"])
+def test_no_step_waits_for_the_device(engines, monkeypatch, name, evaluation):
     _, engine = engines
+    sampler = samplers.SAMPLERS[name]
 
-    def watched(denoise, x, sigmas, on_step):
+    def watched(*arguments):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return samplers.sample_euler(denoise, x, sigmas, on_step)
+            return sampler(*arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr("ltx2_engine.ltx2_core.engine.SAMPLERS", {"euler": watched})
+    monkeypatch.setattr("ltx2_engine.ltx2_core.engine.SAMPLERS", {name: watched})
     picture = torch.rand(70, 110, 3)
     latent = AVLatent(ClipShape(17, 64, 96, 24.0)).with_condition(ImageCondition(picture, 0.5, crf=0))
-    assert engine.sample(job(engine, latent)).latents.video.isfinite().all()
+    chosen = replace(job(engine, latent), sampler=SamplerChoice(name), evaluation=evaluation)
+    assert engine.sample(chosen).latents.video.isfinite().all()
 
 
 def test_a_seed_gives_the_same_bits(engines):

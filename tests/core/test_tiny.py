@@ -8,12 +8,13 @@ from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning import state as tokens
 from ltx2_engine.ltx2_core.conditioning.image import ImageCondition
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
-from ltx2_engine.ltx2_core.engine import SampleJob
+from ltx2_engine.ltx2_core.engine import _Encoders
+from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.loading.build import check
 from ltx2_engine.ltx2_core.loading.checkpoint import read_header
 from ltx2_engine.ltx2_core.networks import build_on_meta
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance
-from ltx2_engine.ltx2_core.sampling.noise import generator, noised
+from ltx2_engine.ltx2_core.sampling.noise import TokenNoise, noised
 from ltx2_engine.ltx2_core.sampling.samplers import SamplerChoice
 from ltx2_engine.ltx2_core.shapes import ClipShape
 from ltx2_engine.ltx2_core.testing import assert_close, unfold_blocks
@@ -85,8 +86,8 @@ def test_ltx_core_loads_the_transformer_and_takes_the_same_step(ltx_core, tiny_m
 
     path = tiny_models / "checkpoints" / checkpoint_file(label)
     model = loaded_by_ltx_core(path, LTXModelConfigurator, LTXV_MODEL_COMFY_RENAMING_MAP)
-    states = engine._states(latent, engine._encode_images(latent))
-    x = noised(states, 1.0, generator(7, torch.device("cpu")))
+    states = latent.conditioned(engine._states(latent), _Encoders(engine))
+    x = noised(states, 1.0, TokenNoise(7, torch.device("cpu")))
     times = states.map(lambda state: state.mask[..., 0])  # sigma is 1
     for module, own in (
         (model.av_ca_video_scale_shift_adaln_single, times.video),

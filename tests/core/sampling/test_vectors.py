@@ -8,9 +8,10 @@ from ltx2_engine.ltx2_core import presets
 from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning.state import LatentState, audio_positions, video_positions
 from ltx2_engine.ltx2_core.sampling.denoise import Denoiser
+from ltx2_engine.ltx2_core.sampling.euler import sample_euler
 from ltx2_engine.ltx2_core.sampling.guidance import GuidancePass, StreamGuidance, combine, plan_passes
-from ltx2_engine.ltx2_core.sampling.noise import generator, noised
-from ltx2_engine.ltx2_core.sampling.samplers import SAMPLERS, sample_euler
+from ltx2_engine.ltx2_core.sampling.noise import TokenNoise, noised
+from ltx2_engine.ltx2_core.sampling.samplers import SAMPLERS, SamplerChoice
 from ltx2_engine.ltx2_core.sampling.sigmas import check_sigmas, ltx2_schedule, schedule
 from ltx2_engine.ltx2_core.shapes import ClipShape, frames_for_seconds
 
@@ -18,6 +19,10 @@ from ltx2_engine.ltx2_core.shapes import ClipShape, frames_for_seconds
 @pytest.fixture(scope="module")
 def vectors(request):
     return json.loads((request.path.parents[2] / "data" / "sampling_vectors.json").read_text())
+
+
+def euler(denoise, x, sigmas):
+    return sample_euler(denoise, x, sigmas, None, SamplerChoice("euler"), lambda *_: None)
 
 
 def test_ltx2_schedule(vectors):
@@ -81,7 +86,7 @@ def test_passes_that_are_planned():
 def test_euler_step(vectors):
     for case in vectors["euler_step"]:
         x, x0 = (torch.tensor([case[k]], dtype=torch.float64) for k in ("x", "x0"))
-        got = sample_euler(lambda *_, x0=x0: AV(x0), AV(x), (case["sigma"], case["sigma_next"]), lambda *_: None)
+        got = euler(lambda *_, x0=x0, **__: AV(x0), AV(x), (case["sigma"], case["sigma_next"]))
         assert abs(float(got.video) - case["result"]) <= 1e-12
 
 
@@ -89,12 +94,12 @@ def test_euler_trajectory(vectors):
     case = vectors["euler_trajectory"]
     seen = []
 
-    def denoise(x, sigma):
+    def denoise(x, sigma, **_):
         seen.append(float(x.video))
         return x.map(lambda x: 0.25 + 0.4 * x * (1 - 0.5 * sigma))
 
     x = AV(torch.tensor([case["x"][0]], dtype=torch.float64))
-    end = sample_euler(denoise, x, case["sigmas"], lambda *_: None)
+    end = euler(denoise, x, case["sigmas"])
     assert max(abs(a - b) for a, b in zip([*seen, float(end.video)], case["x"], strict=True)) <= 1e-10
 
 
@@ -104,12 +109,11 @@ def state(latent, clean, mask, **more):
     return LatentState(latent, clean, mask, positions, latent.shape[1], **more)
 
 
-def test_noising(vectors, monkeypatch):
+def test_noising(vectors):
     for case in vectors["noiser"]:
         noise = torch.full((1, 1, 1), case["noise"], dtype=torch.float64)
-        monkeypatch.setattr(torch, "randn", lambda *_, noise=noise, **__: noise)
         one = state([case["latent"]], [case["clean"]], [case["mask"]])
-        got = noised(AV(one), case["noise_scale"], torch.Generator())
+        got = noised(AV(one), case["noise_scale"], lambda _, noise=noise: AV(noise))
         assert abs(float(got.video) - case["result_core_1_2"]) <= 1e-12
 
 
@@ -120,16 +124,16 @@ def test_masked_euler(vectors):
         one = state([0.0], [case["clean"]], [case["mask"]])
         velocity = torch.full((1, 1, 1), case["velocity"], dtype=torch.float64)
         denoiser = Denoiser(
-            lambda x, sigma, velocity=velocity: AV(velocity), AV(one), (GuidancePass("cond"),), AV(StreamGuidance())
+            lambda *_, velocity=velocity: [AV(velocity)], AV(one), (GuidancePass("cond"),), AV(StreamGuidance())
         )
         seen = []
 
-        def recorded(x, sigma, denoiser=denoiser, seen=seen):
+        def recorded(x, sigma, *, step, denoiser=denoiser, seen=seen):
             seen.append(float(x.video))
-            return denoiser(x, sigma)
+            return denoiser(x, sigma, step=step)
 
         start = clean + case["mask"] * (case["noise"] - clean)
-        end = sample_euler(recorded, AV(start), case["sigmas"], lambda *_: None)
+        end = euler(recorded, AV(start), case["sigmas"])
         assert max(abs(a - b) for a, b in zip([*seen, float(end.video)], case["x"], strict=True)) <= 1e-10
 
 
@@ -137,12 +141,11 @@ def test_initial_noise_is_one_draw_a_stream_video_first(vectors):
     want = vectors["rng"]["CPU torch 2.13, seed 10, float32, first 8"]
     video = LatentState(*(torch.zeros(1, 2, 8),) * 2, torch.ones(1, 2, 1), torch.zeros(1, 3, 2, 2), 2)
     audio = LatentState(*(torch.zeros(1, 4, 8),) * 2, torch.ones(1, 4, 1), torch.zeros(1, 1, 4, 2), 4)
-    got = noised(AV(video, audio), 1.0, generator(10, torch.device("cpu")))
+    got = noised(AV(video, audio), 1.0, TokenNoise(10, torch.device("cpu")))
     assert torch.allclose(got.video.flatten()[:8], torch.tensor(want), atol=1e-6)
     source = torch.Generator().manual_seed(10)
     assert torch.equal(got.video, torch.randn(1, 2, 8, generator=source))
     assert torch.equal(got.audio, torch.randn(1, 4, 8, generator=source))
-    assert generator(-1, torch.device("cpu")).initial_seed() == 2**64 - 1
 
 
 def test_video_positions(vectors):
@@ -186,7 +189,7 @@ def test_euler_is_bit_equal_to_ltx_core(ltx_core, dtype):
     want, calls = x, iter(predictions)
     for index, x0 in enumerate(predictions):
         want = EulerDiffusionStep().step(want, x0, sigmas, index)
-    got = sample_euler(lambda *_: AV(next(calls)), AV(x), sigmas.tolist(), lambda *_: None)
+    got = euler(lambda *_, **__: AV(next(calls)), AV(x), sigmas.tolist())
     assert torch.equal(got.video, want)
     assert max(abs(a - b) for a, b in zip(ltx2_schedule(8), sigmas.tolist(), strict=True)) <= 5e-6
 

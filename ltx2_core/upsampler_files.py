@@ -1,0 +1,99 @@
+"""Upsampler files: what their headers say, and whether they belong to a model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from .config.fields import ConfigError
+from .config.upsampler import UpsamplerConfig
+from .config.version import ModelVersion
+from .loading.build import check
+from .loading.checkpoint import Checkpoint, CheckpointError, read_header
+from .vae.upsampler import LatentUpsampler
+
+_LOG = logging.getLogger("ltx2.engine")
+
+_MARKS = ("initial_conv.weight", "initial_norm.weight", "final_conv.weight")
+_FITTING = "choose an ltx-2*-spatial-upscaler or -temporal-upscaler file"
+
+
+def read_upsampler(path: Path) -> tuple[Checkpoint, UpsamplerConfig]:
+    """Read the header of an upsampler file and check every tensor's name and shape; no weights.
+
+    Raises CheckpointError when the file is no upsampler or its tensors are not those of its configuration, and
+    ConfigError for an upsampler of a kind that was never released; both name the file.
+    """
+    checkpoint = read_header(path)
+    if not all(name in checkpoint.tensors for name in _MARKS):
+        raise CheckpointError(
+            f"{checkpoint.path}: this is not a latent upsampler; it looks like {checkpoint.looks_like()}: {_FITTING}"
+        )
+    try:
+        # without metadata, as in converted files, the tensors say what it is
+        described = "config" in checkpoint.metadata
+        config = (
+            UpsamplerConfig.from_config(checkpoint.config())
+            if described
+            else UpsamplerConfig.from_shapes(checkpoint.shapes)
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{checkpoint.path}: {error}") from error
+    check(build_upsampler(config), checkpoint, "upsampler")
+    return checkpoint, config
+
+
+def build_upsampler(config: UpsamplerConfig) -> LatentUpsampler:
+    """The upsampler without memory for its weights."""
+    with torch.device("meta"):
+        return LatentUpsampler(config)
+
+
+def check_fits(
+    config: UpsamplerConfig,
+    latent_channels: int,
+    model_version_label: str,
+    file_name: str,
+    stated: ModelVersion | None = None,
+) -> None:
+    """Raise ConfigError unless the upsampler was made for the model's latent space.
+
+    latent_channels, model_version_label: the model's, as in 128 and "2.3". stated: the version in the upsampler file's
+    metadata (``ModelVersion.from_metadata``); without one the log says that the version was not checked.
+    """
+    if config.latent_channels != latent_channels:
+        raise ConfigError(
+            f"{file_name}: this upsampler is for latents of {config.latent_channels} channels, but the model's have "
+            f"{latent_channels}: choose the upsampler that was released with LTX-{model_version_label}"
+        )
+    if stated is None:
+        _LOG.info(
+            "%s (%s) does not say which version it is for; taken to fit LTX-%s. Versions 2.3 and 2.5 share their "
+            "upsamplers, 2.0 has its own",
+            file_name,
+            config,
+            model_version_label,
+        )
+        return
+    model = ModelVersion.parse(model_version_label)
+    assert model is not None, model_version_label
+    if _latent_space(stated) != _latent_space(model):
+        raise ConfigError(
+            f"{file_name}: this upsampler is for LTX-{stated.label}, but the model is LTX-{model_version_label}: "
+            f"choose {_upsamplers_for(model)}"
+        )
+
+
+def _latent_space(version: ModelVersion) -> str:
+    """Versions that share their latents, and so their upsamplers, give the same."""
+    if version.at_least(2, 3):
+        return "2.3"
+    return "2.0" if version.at_least(2) else version.label
+
+
+def _upsamplers_for(model: ModelVersion) -> str:
+    if _latent_space(model) == "2.3":
+        return "one of LTX-2.3 or 2.5 (ltx-2.3-spatial-upscaler-*, ltx-2.3-temporal-upscaler-*)"
+    return "the one of LTX-2.0 (ltx-2-spatial-upscaler-*)"
