@@ -24,7 +24,13 @@ SNAPSHOT = ROOT / "tests" / "data" / "node_inputs.json"
 WIDGETS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool, "COMBO": str}
 NATIVE = {"IMAGE", "AUDIO", "VIDEO", "MASK", "LATENT", "CONDITIONING"}
 LINKS = NATIVE | {value for name, value in vars(links).items() if name.isupper()}
-FILE_LISTS = {("LTX2LoadModel", "checkpoint"), ("LTX2LoadModel", "text_encoder"), ("LTX2LoadModel", "device")}
+FILE_LISTS = {
+    ("LTX2LoadModel", "checkpoint"),
+    ("LTX2LoadModel", "text_encoder"),
+    ("LTX2LoadModel", "device"),
+    ("LTX2LoadLora", "lora"),
+    ("LTX2UpscaleLatent", "upsampler"),
+}
 
 
 def declared() -> dict:
@@ -183,8 +189,11 @@ print(json.dumps({"seconds": min(ask() for _ in range(5)), "torch": "torch" in s
 
 
 def test_offered_names_are_those_that_are_implemented():
+    from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
     from ltx2_engine.ltx2_core.model_spec import DTYPES
+    from ltx2_engine.ltx2_core.sampling.choice import FOLLOW_NOISE_SEED, NOISE_KINDS, SamplerChoice
     from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance
+    from ltx2_engine.ltx2_core.sampling.noise import NOISE_LAYOUTS
     from ltx2_engine.ltx2_core.sampling.samplers import SAMPLERS
     from ltx2_engine.ltx2_core.sampling.sigmas import schedule
 
@@ -197,8 +206,17 @@ def test_offered_names_are_those_that_are_implemented():
     strengths = {f"{stream}_{name}" for stream in ("video", "audio") for name in ("cfg", "stg", "modality", "rescale")}
     assert {name.partition("_")[2] for name in strengths} <= set(StreamGuidance.__dataclass_fields__)
     for values in presets.GUIDANCE_PRESETS.values():
-        assert set(values) == strengths | {"stg_blocks"}
+        assert set(values) == strengths | {"stg_blocks", "evaluation"}
         assert set(values) <= {name for owner, name in INPUTS if owner == "LTX2Guider"}
+    assert set(presets.SAMPLER_PRESETS) == set(presets.SAMPLERS)
+    for name, values in presets.SAMPLER_PRESETS.items():
+        assert set(values) <= {name for owner, name in INPUTS if owner == "LTX2SelectSampler"}
+        own = SamplerChoice(name)
+        follows = own.sde_seed == FOLLOW_NOISE_SEED
+        assert (own.eta, own.noise_kind, follows) == (values["eta"], values["noise_kind"], values["follow_seed"])
+    assert offered["LTX2SelectSampler", "noise_kind"] == list(presets.NOISE_KINDS) == list(NOISE_KINDS)
+    assert offered["LTX2Sampler", "noise_layout"] == list(presets.NOISE_LAYOUTS) == list(NOISE_LAYOUTS)
+    assert set(presets.EVALUATIONS) == {"auto", *EVALUATIONS}
     assert offered["LTX2Decode", "tiling"] == list(presets.TILINGS)
     assert offered["LTX2LoadModel", "dtype"] == list(DTYPES)
 
