@@ -14,10 +14,12 @@ import torch
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.config.released import released_config
 from ltx2_engine.ltx2_core.loading import checkpoint as checkpoint_module
-from ltx2_engine.ltx2_core.loading.keymap import checkpoint_name
+from ltx2_engine.ltx2_core.config.upsampler import UpsamplerConfig
+from ltx2_engine.ltx2_core.loading.keymap import checkpoint_name, transformer_checkpoint_name
 from ltx2_engine.ltx2_core.networks import NETWORKS, build_on_meta
 from ltx2_engine.ltx2_core.text import gemma
 from ltx2_engine.ltx2_core.text.tiny_gemma import write_tiny_gemma
+from ltx2_engine.ltx2_core.upsampler_files import build_upsampler
 
 STD = 0.02
 GEMMA_12B = {
@@ -53,6 +55,40 @@ def write_full_size(root: Path, label: str) -> tuple[str, str]:
     encoder = root / "text_encoders" / "gemma-3-12b-random"
     _write_gemma(encoder)
     return checkpoint, encoder.name
+
+
+def write_full_size_upsampler(root: Path) -> str:
+    """Lay out the spatial x2 upsampler of 2.3 below ``root``; returns its name."""
+    config = {
+        "in_channels": 128,
+        "mid_channels": 1024,
+        "num_blocks_per_stage": 4,
+        "dims": 3,
+        "spatial_upsample": True,
+        "temporal_upsample": False,
+        "spatial_scale": 2.0,
+        "rational_resampler": False,
+    }
+    module = build_upsampler(UpsamplerConfig.from_config(config))
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    name = "ltx-2.3-spatial-upscaler-x2-random.safetensors"
+    metadata = {"config": json.dumps(config), "model_version": "2.3.0"}
+    _write_sparse(root / "latent_upscale_models" / name, shapes, metadata)
+    return name
+
+
+def write_full_size_lora(root: Path, label: str, rank: int) -> str:
+    """Lay out a LoRA for every linear layer of the blocks below ``root``, as the distilled one has; returns its name."""
+    model = ModelConfig.from_config(released_config(label), GEMMA_12B["num_hidden_layers"] + 1, ())
+    shapes = {}
+    for name, tensor in build_on_meta("transformer", model).state_dict().items():
+        if name.startswith("blocks.") and name.endswith(".weight") and tensor.ndim == 2:
+            layer = "diffusion_model." + transformer_checkpoint_name(name.removesuffix(".weight"))
+            shapes[f"{layer}.lora_A.weight"] = (rank, tensor.shape[1])
+            shapes[f"{layer}.lora_B.weight"] = (tensor.shape[0], rank)
+    name = f"ltx-{label}-distilled-lora-{rank}-random.safetensors"
+    _write_sparse(root / "loras" / name, shapes, {})
+    return name
 
 
 def _write_gemma(folder: Path) -> None:

@@ -111,6 +111,13 @@ class LocalEngine:
         guidance = job.effective_guidance
         passes = plan_passes(guidance, force_uncond=job.sampler.name in NEEDS_UNCOND)
         check_job(job, passes, self.config, self.files.version.label)
+        if len(passes) > 1 and "distilled" in self.files.spec.checkpoint.name.lower():
+            _LOG.warning(
+                "%s is a distilled checkpoint, made to run without guidance: %d passes a step take longer and over-saturate. "
+                "Choose the guider's preset distilled.",
+                self.files.spec.checkpoint.name,
+                len(passes),
+            )
         # host floats that the device represents exactly: the sampler's arithmetic is float32
         sigmas = tuple(float(np.float32(sigma)) for sigma in check_sigmas(job.sigmas))
         mode = evaluation_mode(job.evaluation, len(passes), job.latent.clip.num_video_tokens)
