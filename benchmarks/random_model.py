@@ -13,8 +13,8 @@ import pack  # noqa: F401
 import torch
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.config.released import released_config
-from ltx2_engine.ltx2_core.loading import checkpoint as checkpoint_module
 from ltx2_engine.ltx2_core.config.upsampler import UpsamplerConfig
+from ltx2_engine.ltx2_core.loading import checkpoint as checkpoint_module
 from ltx2_engine.ltx2_core.loading.keymap import checkpoint_name, transformer_checkpoint_name
 from ltx2_engine.ltx2_core.networks import NETWORKS, build_on_meta
 from ltx2_engine.ltx2_core.text import gemma
