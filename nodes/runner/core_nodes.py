@@ -240,6 +240,28 @@ class GetVideoComponents:
         return clip.images, clip.audio, float(clip.frame_rate), 8
 
 
+class ImageFromBatch:
+    """A stretch of a batch of pictures; what lies outside the batch is left out."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "execute"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "image": LINK("IMAGE", "Pictures to take from."),
+                "batch_index": INT(0, -16384, 16384, "First picture to take; negative counts from the end."),
+                "length": INT(1, 1, 4096, "Number of pictures to take."),
+            }
+        }
+
+    @classmethod
+    def execute(cls, image: Any, batch_index: int = 0, length: int = 1) -> tuple[Any]:
+        start = min(batch_index, len(image) - 1) if batch_index >= 0 else max(batch_index + len(image), 0)
+        return (image[start : start + length].clone(),)
+
+
 class EmptyImage:
     """Pictures of one colour."""
 
@@ -341,6 +363,7 @@ CORE_NODES: dict[str, type] = {
     "SaveAudio": SaveAudio,
     "CreateVideo": CreateVideo,
     "GetVideoComponents": GetVideoComponents,
+    "ImageFromBatch": ImageFromBatch,
     "EmptyImage": EmptyImage,
     "PreviewAny": PreviewAny,
     "PrimitiveInt": PrimitiveInt,
