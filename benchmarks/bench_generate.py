@@ -74,7 +74,7 @@ class Watch:
                     x = sampler(denoise, x, sigmas, noise, choice, stepped)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
-            self.waits.extend(str(one.message) for one in caught if "synchronizing" in str(one.message))
+            self.waits.extend(str(one.message) for one in caught if "called a synchronizing" in str(one.message))
             torch.cuda.synchronize()
             self.steps.append([before.elapsed_time(after) for before, after in pairwise(events)])
             return x

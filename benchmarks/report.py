@@ -40,13 +40,22 @@ def write(folder: pathlib.Path, name: str, rows: list[Row]) -> pathlib.Path:
             "cuda": torch.version.cuda,
             "transformers": _version("transformers"),
         },
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "rows": [asdict(row) for row in rows],
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _command() -> str:
+    """The command line without where its result goes."""
+    words = ["python", *sys.argv]
+    if "--out" in words:
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    return shlex.join(words)
 
 
 def _version(package: str) -> str:

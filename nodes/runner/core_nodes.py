@@ -154,12 +154,15 @@ class SaveVideo:
         codec: str = "auto",
         **format_options: str,
     ) -> dict[str, Any]:
+        import torch
+
         from ...ltx2_core.media import write_video
+        from ...ltx2_core.phases import phase
 
         clip = video.get_components()
         frames = clip.images[..., :3]
         file = host().save_path(filename_prefix, "mp4", frames.shape[2], frames.shape[1])
-        with host().progress(len(frames), "Save video") as progress:
+        with phase("writing the video", torch.device("cpu")), host().progress(len(frames), "Save video") as progress:
             write_video(
                 file.path,
                 frames,
