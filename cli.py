@@ -76,7 +76,8 @@ def _run(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int:
 
 
 def _reported_run(options: argparse.Namespace, nodes: Mapping[str, type] | None, report: _Report) -> int:
-    from .ltx2_core.host import Interrupted, PathError
+    from .ltx2_core.host import Interrupted
+    from .ltx2_core.paths import PathError
     from .nodes.runner.execute import NodeFailed
     from .nodes.runner.options import OptionError
     from .nodes.runner.workflow import WorkflowError
@@ -106,7 +107,8 @@ def _reported_run(options: argparse.Namespace, nodes: Mapping[str, type] | None,
 
 
 def _run_workflow(options: argparse.Namespace, nodes: Mapping[str, type], report: _Report) -> Any:
-    from .ltx2_core.host import StandaloneHost, use_host
+    from .ltx2_core.host import use_host
+    from .ltx2_core.standalone import StandaloneHost
     from .nodes.runner.execute import execute
     from .nodes.runner.options import apply_settings
     from .nodes.runner.validate import validate

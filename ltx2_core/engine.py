@@ -22,7 +22,7 @@ from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
 from .config.version import ModelVersion
 from .evaluate import EVALUATIONS
-from .host import host
+from .host import Progress, host
 from .job import DecodedClip, SampleJob, check_job, check_latents
 from .loading.build import component_bytes, load_component
 from .loading.checkpoint import read_tensors
@@ -32,6 +32,7 @@ from .model_spec import ModelSpec
 from .networks import FLOAT32_NETWORKS, NETWORKS, build_on_meta
 from .phases import phase
 from .presets import default_image_crf
+from .preview import Previewer
 from .sampling.denoise import Denoiser
 from .sampling.guidance import StreamGuidance, evaluation_mode, plan_passes
 from .sampling.noise import SamplerNoise, generator, noise_source, noised
@@ -77,7 +78,7 @@ class LocalEngine:
         loras = [(read_lora(one.path), one.strength) for one in files.spec.loras]
         self._networks: dict[str, Component[Any]] = {} if base is None else dict(base._networks)
         self._networks |= {name: _network(files, name, self._dtype_of(name), loras) for name in own}
-        self._text_encoder = _text_encoder(files, self.dtype) if base is None else base._text_encoder
+        self._text_encoder: Component[Any] = _text_encoder(files, self.dtype) if base is None else base._text_encoder
         self._own = [self._networks[name] for name in own] + ([self._text_encoder] if base is None else [])
         # the host keeps residents alive, so memory goes back when the last handle of this engine does
         weakref.finalize(self, _close_all, tuple(self._own))
@@ -139,7 +140,8 @@ class LocalEngine:
                 )
                 noise = SamplerNoise(job.sampler, job.seed, self.device)
                 with host().progress(evaluations(job.sampler.name, sigmas), "sampling") as progress:
-                    denoise = Denoiser(evaluate, states, passes, guidance, on_evaluated=progress.step)
+                    shown = partial(_show, progress, self._previewer(job.latent.clip, states))
+                    denoise = Denoiser(evaluate, states, passes, guidance, on_evaluated=shown)
                     x = SAMPLERS[job.sampler.name](denoise, x, sigmas, noise, job.sampler, lambda *_: None)
                 return self._result(job.latent, states, x)
 
@@ -233,6 +235,10 @@ class LocalEngine:
 
         return AV(video() if latent.streams.video else None, audio() if latent.streams.audio else None)
 
+    def _previewer(self, clip: ClipShape, states: AV[LatentState]) -> Previewer | None:
+        spec = host().wants_preview(self.config.video_vae.latent_channels)
+        return None if spec is None or states.video is None else Previewer(spec, states.video, clip)
+
     def _noise(self, job: SampleJob) -> Callable[[AV[LatentState]], AV[Tensor]]:
         channels = self.config.audio_vae.latent_channels
         return noise_source(job.noise_layout, job.seed, self.device, audio_channels=channels)
@@ -311,6 +317,14 @@ class _Encoders:
             encoder = engine._networks["audio_encoder"].use(_AUDIO_WORK_BYTES)
             host().check_interrupt()
             return encode_waveform(encoder, waveform, sample_rate, engine.config.audio_vae).to(engine.dtype)
+
+
+def _show(progress: Progress, previewer: Previewer | None, x0: AV[Tensor]) -> None:
+    if previewer is None:
+        progress.step()
+        return
+    previewer.offer(x0.video)
+    progress.step(picture=previewer.take())
 
 
 def _held(state: LatentState) -> LatentState:

@@ -100,7 +100,7 @@ def _project(
 
 def _templates(model: Transformer, states: AV[LatentState], contexts: AV[Tensor], copies: int) -> AV[_Template]:
     tables = model.rotary_tables(states.map(lambda state: state.positions))
-    return states.map(lambda *parts: _Template(*parts, copies), contexts, tables)
+    return states.map(lambda state, context, tables: _Template(state, context, tables, copies), contexts, tables)
 
 
 class _Template:

@@ -47,10 +47,7 @@ class SampleJob:
         def effective(guidance: StreamGuidance) -> StreamGuidance:
             return guidance.without_modality() if alone else guidance
 
-        return AV(
-            effective(self.guidance.video) if streams.video else None,
-            effective(self.guidance.audio) if streams.audio else None,
-        )
+        return streams.map(lambda there, guidance: effective(guidance) if there else None, self.guidance)
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..ltx2_core.host import (
-    KIND_FOLDERS,
-    MODEL_SUFFIXES,
-    HostOutOfMemory,
-    PathError,
-    Resident,
-    SavedFile,
-    check_relative,
-    find_inside,
-    is_inside,
-    set_default_host,
-)
+from ..ltx2_core.host import HostOutOfMemory, PreviewSpec, Resident, SavedFile, set_default_host
+from ..ltx2_core.paths import KIND_FOLDERS, MODEL_SUFFIXES, PathError, check_relative, find_inside, is_inside
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 __all__ = ["ComfyHost", "NestedLatent", "install", "nested_latent", "split_nested"]
@@ -50,16 +41,30 @@ class ComfyProgress:
     def __exit__(self, *exception: object) -> None:
         return None
 
-    def step(self, n: int = 1) -> None:
-        self.to(self._bar.current + n)
+    def step(self, n: int = 1, picture: np.ndarray | None = None) -> None:
+        self._report(self._bar.current + n, None, picture)
 
     def to(self, value: int, total: int | None = None) -> None:
+        self._report(value, total, None)
+
+    def _report(self, value: int, total: int | None, picture: np.ndarray | None) -> None:
         # ComfyUI sends every report of a full bar, and a loader reports the same full bar many times
         shown = value, self._bar.total if total is None else total
         if shown != self._shown:
             self._shown = shown
-            self._bar.update_absolute(*shown)
+            self._bar.update_absolute(*shown, preview=None if picture is None else _preview(picture))
         _check_interrupt()
+
+
+def _preview(picture: np.ndarray) -> tuple[str, Any, int]:
+    """A picture as ComfyUI's progress takes it, enlarged to the size that it shows."""
+    from comfy.cli_args import args
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    scale = args.preview_size / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    return "JPEG", image.resize(size, Image.Resampling.BILINEAR), args.preview_size
 
 
 def _check_interrupt() -> None:
@@ -80,6 +85,18 @@ class ComfyHost:
     def progress(self, total: int, label: str, node_id: str | None = None) -> ComfyProgress:
         """A display of ``total`` steps. ComfyUI shows the node's title, so ``label`` has no place."""
         return ComfyProgress(total, node_id)
+
+    def wants_preview(self, channels: int) -> PreviewSpec | None:
+        """ComfyUI's colours of LTX-2 latents, unless the user switched previews off."""
+        from comfy.latent_formats import LTXAV
+        from comfy.model_management import get_torch_device
+        from latent_preview import get_previewer
+
+        latents = LTXAV()
+        factors, bias = latents.latent_rgb_factors, latents.latent_rgb_factors_bias
+        if len(factors) != channels or bias is None or get_previewer(get_torch_device(), latents) is None:
+            return None
+        return PreviewSpec(tuple(map(tuple, factors)), tuple(bias))
 
     def check_interrupt(self) -> None:
         """Raise ComfyUI's InterruptProcessingException (a BaseException) once if the user asked to stop."""

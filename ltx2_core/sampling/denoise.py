@@ -28,9 +28,9 @@ class Denoiser:
         states: AV[LatentState],
         passes: Sequence[GuidancePass],
         guidance: AV[StreamGuidance],
-        on_evaluated: Callable[[], None] = lambda: None,
+        on_evaluated: Callable[[AV[Tensor]], None] = lambda _: None,
     ):
-        """on_evaluated: called after every estimate, for progress; may raise to stop."""
+        """on_evaluated: called with every estimate, for progress and preview; may raise to stop."""
         self._on_evaluated = on_evaluated
         self._evaluate = evaluate
         self._states = states
@@ -47,8 +47,9 @@ class Denoiser:
         enabled = x.map(lambda _, guidance: midpoint or not guidance.skips(step), self._guidance)
         if any(enabled.present()):
             self._guided = self._estimate(x, sigma, enabled)
-        self._on_evaluated()
-        return self.blend(self._guided)
+        x0 = self.blend(self._guided)
+        self._on_evaluated(x0)
+        return x0
 
     def _estimate(self, x: AV[Tensor], sigma: float, enabled: AV[bool]) -> AV[Tensor]:
         velocities = self._evaluate(x, sigma, enabled)

@@ -7,7 +7,9 @@ import sys
 from fractions import Fraction
 from typing import Any, cast
 
-from ...ltx2_core.host import PathError, StandaloneHost, host
+from ...ltx2_core.host import host
+from ...ltx2_core.paths import PathError
+from ...ltx2_core.standalone import StandaloneHost
 from ..fields import BOOL, COMBO, FLOAT, INT, LINK, STRING
 
 PREFIX_TIP = "Where to save below the output folder; a counter is appended."

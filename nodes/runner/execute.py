@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...ltx2_core.host import StandaloneHost, use_host
+from ...ltx2_core.host import use_host
+from ...ltx2_core.standalone import StandaloneHost
 from .schema import Input, NodeClass, NodeTable, Prompt, hidden_of, inputs_of, is_link, title_of
 
 _LOG = logging.getLogger("ltx2.runner")

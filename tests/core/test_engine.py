@@ -10,13 +10,14 @@ from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
 from ltx2_engine.ltx2_core.conditioning.native import from_native
 from ltx2_engine.ltx2_core.engine import _Encoders, open_engine
 from ltx2_engine.ltx2_core.evaluate import batched_evaluate, split_evaluate
-from ltx2_engine.ltx2_core.host import Interrupted, StandaloneHost, use_host
+from ltx2_engine.ltx2_core.host import Interrupted, use_host
 from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.model_spec import ModelSpec
 from ltx2_engine.ltx2_core.presets import DISTILLED_SIGMAS
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
 from ltx2_engine.ltx2_core.sampling.samplers import SamplerChoice
 from ltx2_engine.ltx2_core.shapes import ClipShape
+from ltx2_engine.ltx2_core.standalone import StandaloneHost
 from ltx2_engine.ltx2_core.testing import assert_close
 from ltx2_engine.ltx2_core.text.context import Context
 from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file

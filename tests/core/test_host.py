@@ -4,22 +4,16 @@ import signal
 import string
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ltx2_engine.ltx2_core import host as host_module
-from ltx2_engine.ltx2_core.host import (
-    HostOutOfMemory,
-    Interrupted,
-    PathError,
-    StandaloneHost,
-    host,
-    read_extra_model_paths,
-    set_default_host,
-    use_host,
-)
+from ltx2_engine.ltx2_core.host import HostOutOfMemory, Interrupted, host, set_default_host, use_host
+from ltx2_engine.ltx2_core.paths import KIND_FOLDERS, PathError, read_extra_model_paths
+from ltx2_engine.ltx2_core.standalone import StandaloneHost
 
 GIB = 2**30
 
@@ -57,7 +51,7 @@ def test_folders_are_comfyuis(models):
 
 def test_every_listed_name_resolves(models):
     standalone = StandaloneHost([models])
-    for kind in host_module.KIND_FOLDERS:
+    for kind in KIND_FOLDERS:
         assert all(standalone.resolve_model(kind, name).is_file() for name in standalone.list_models(kind))
     assert all(standalone.resolve_text_encoder(name).is_dir() for name in standalone.list_text_encoders())
 
@@ -187,7 +181,7 @@ def test_extra_model_paths_layout(tmp_path, monkeypatch):
         ("text_encoders", shelf / "te1", True),
         ("text_encoders", shelf / "te2", True),
         ("diffusion_models", tmp_path / "conf" / "rel" / "unet", False),
-        ("loras", host_module.Path("/abs/loras"), False),
+        ("loras", Path("/abs/loras"), False),
     ]
     for place in (shelf / "ckpt", tmp_path / "root" / "checkpoints"):
         place.mkdir(parents=True)
@@ -252,7 +246,7 @@ def test_counter_agrees_with_comfyuis_rule(tmp_path):
 
 def test_prefix_variables(tmp_path, monkeypatch):
     moment = time.struct_time((2026, 3, 4, 5, 6, 7, 0, 0, 0))
-    monkeypatch.setattr(host_module.time, "localtime", lambda: moment)
+    monkeypatch.setattr(time, "localtime", lambda: moment)
     standalone = StandaloneHost(output_dir=tmp_path)
     saved = standalone.save_path("%year%-%month%-%day%/%hour%%minute%%second%_%width%x%height%_%other%", "png", 64, 32)
     assert saved.subfolder == "2026-03-04"

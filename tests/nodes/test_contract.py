@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from ltx2_engine.ltx2_core import presets
-from ltx2_engine.ltx2_core.host import StandaloneHost, use_host
+from ltx2_engine.ltx2_core.host import use_host
+from ltx2_engine.ltx2_core.standalone import StandaloneHost
 from ltx2_engine.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, links
 
 ROOT = Path(__file__).resolve().parents[2]

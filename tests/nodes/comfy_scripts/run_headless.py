@@ -25,7 +25,8 @@ def main() -> None:
     package = types.ModuleType("ltx2_engine")
     package.__path__ = [str(options.pack)]
     sys.modules["ltx2_engine"] = package
-    from ltx2_engine.ltx2_core.host import StandaloneHost, use_host
+    from ltx2_engine.ltx2_core.host import use_host
+    from ltx2_engine.ltx2_core.standalone import StandaloneHost
     from ltx2_engine.nodes import NODE_CLASS_MAPPINGS
     from ltx2_engine.nodes.runner.core_nodes import CORE_NODES
     from ltx2_engine.nodes.runner.execute import execute

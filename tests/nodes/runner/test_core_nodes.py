@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from ltx2_engine.ltx2_core import media
-from ltx2_engine.ltx2_core.host import StandaloneHost, use_host
+from ltx2_engine.ltx2_core.host import use_host
+from ltx2_engine.ltx2_core.standalone import StandaloneHost
 from ltx2_engine.nodes.runner.core_nodes import CORE_NODES
 from ltx2_engine.nodes.runner.execute import execute
 from ltx2_engine.nodes.runner.schema import inputs_of

@@ -6,7 +6,8 @@ import types
 
 import pytest
 import torch
-from ltx2_engine.ltx2_core.host import Interrupted, StandaloneHost, host
+from ltx2_engine.ltx2_core.host import Interrupted, host
+from ltx2_engine.ltx2_core.standalone import StandaloneHost
 from ltx2_engine.nodes.runner.execute import NodeFailed, execute
 from ltx2_engine.nodes.runner.validate import validate
 
