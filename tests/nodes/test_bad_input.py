@@ -8,7 +8,11 @@ import pytest
 import torch
 from ltx2_engine import cli
 from ltx2_engine.ltx2_core.loading.write import write_checkpoint
+from ltx2_engine.ltx2_core.media import write_audio
 from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file, write_tiny_checkpoint
+from ltx2_engine.ltx2_core.tiny_lora import write_tiny_lora
+from ltx2_engine.ltx2_core.tiny_upsampler import upsampler_file, write_tiny_upsampler
+from PIL import Image
 from safetensors.torch import load_file
 
 BAD_RUN, INVALID = 1, 2
@@ -227,6 +231,87 @@ def test_a_link_out_of_the_model_folder_is_refused(run, models, tmp_path):
     code, said = run("LTX2LoadModel.checkpoint=link.safetensors")
     assert code in (BAD_RUN, INVALID)
     assert "link.safetensors" in said
+
+
+# two stages, LoRAs, keyframes, sound ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hq(run, models):
+    """Run the HQ workflow with tiny files and few steps."""
+    write_tiny_lora(models / "loras" / "distilled.safetensors", models / "checkpoints" / checkpoint_file("2.3"))
+    for kind in ("2.0-spatial-x2", "2.3-spatial-x2"):
+        write_tiny_upsampler(models / "latent_upscale_models" / upsampler_file(kind), kind)
+    files = ("4.lora=distilled.safetensors", "5.lora=distilled.safetensors")
+    upsampler = f"LTX2UpscaleLatent.upsampler={upsampler_file('2.3-spatial-x2')}"
+
+    def run_hq(*settings):
+        return run(*files, upsampler, "8.steps=2", *settings, flow="hq_two_stage")
+
+    return run_hq
+
+
+def test_good_two_stage_input_runs(hq):
+    code, said = hq()
+    assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "message"),
+    [
+        (["4.lora=missing.safetensors"], INVALID, "missing.safetensors"),
+        (["4.lora=../checkpoints/x.safetensors"], INVALID, "lora"),
+        (["5.strength=99"], INVALID, "strength"),
+        (["5.strength=NaN"], INVALID, "not a finite number"),
+        (["LTX2UpscaleLatent.upsampler=missing.safetensors"], INVALID, "missing.safetensors"),
+        ([f"LTX2UpscaleLatent.upsampler={upsampler_file('2.0-spatial-x2')}"], BAD_RUN, "this upsampler is for LTX-2.0"),
+        (["9.eta=1.5"], INVALID, "eta"),
+        (["9.sampler=heun"], INVALID, "heun"),
+        (["9.sde_seed=-2"], INVALID, "sde_seed"),
+    ],
+)
+def test_two_stage_input_that_does_not_fit(hq, settings, code, message):
+    got, said = hq(*settings)
+    assert got == code, said
+    assert message in said
+
+
+def test_a_lora_that_fits_nothing_says_what_it_looks_like(hq, models):
+    checkpoint = models / "checkpoints" / checkpoint_file("2.3")
+    shutil.copy(checkpoint, models / "loras" / "no-lora.safetensors")
+    code, said = hq("4.lora=no-lora.safetensors")
+    assert code == BAD_RUN
+    assert "no-lora.safetensors" in said
+    assert "LoRA" in said
+
+
+@pytest.mark.parametrize("frame", [500, -500])
+def test_a_keyframe_outside_the_clip(hq, run, tmp_path, frame):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64), "teal").save(tmp_path / "input" / name)
+    code, said = run(
+        "6.image=a.png",
+        "7.image=b.png",
+        f"8.frame={frame}",
+        "10.stg_blocks=1",
+        "4.lora=distilled.safetensors",
+        f"LTX2UpscaleLatent.upsampler={upsampler_file('2.3-spatial-x2')}",
+        flow="keyframe_interpolation",
+    )
+    assert code == BAD_RUN, said
+    assert f"the keyframe at frame {frame} is outside the clip, which has frames 0 to 8" in said
+
+
+def test_a_sound_shorter_than_the_clip(hq, run, tmp_path):
+    write_audio(tmp_path / "input" / "short.wav", {"waveform": torch.zeros(1, 2, 1600), "sample_rate": 16000})
+    code, said = run(
+        "6.audio=short.wav",
+        "4.lora=distilled.safetensors",
+        f"LTX2UpscaleLatent.upsampler={upsampler_file('2.3-spatial-x2')}",
+        flow="audio_to_video",
+    )
+    assert code == BAD_RUN, said
+    assert "lasts 0.10 s, the clip 0.38 s" in said
 
 
 def test_good_input_runs(run):
