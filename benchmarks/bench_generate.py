@@ -149,7 +149,7 @@ def main() -> None:
         assert len(list(root.rglob("*.mp4"))) == 1
         rows = [
             *(Row(f"{name}: time", seconds, "s") for name, seconds, _ in phases.rows),
-            *(Row(f"{name}: peak memory", peak, "GiB") for name, _, peak in phases.rows),
+            *(Row(f"{name}: peak memory", peak, "GiB") for name, _, peak in phases.rows if peak),
             *(Row(f"sampler {n}, a step, median", median(steps), "ms") for n, steps in enumerate(watch.steps, 1)),
             Row("whole run, files to mp4", total, "s"),
             *check(clips),

@@ -313,7 +313,8 @@ def read_video(path: Path) -> VideoClip:
             raise MediaError(f"{path.name} has {stream.width} x {stream.height} pixels; at most {MAX_PIXELS} are read")
         rate = Fraction(stream.average_rate or stream.guessed_rate or 24)
         for frame in container.decode(stream):
-            frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+            # float pictures as in ComfyUI: 8 bits would round what the colour conversion gives
+            frames.append(torch.from_numpy(frame.to_ndarray(format="gbrpf32le")))
             if len(frames) * frames[0].shape[0] * frames[0].shape[1] > MAX_VIDEO_PIXELS:
                 raise MediaError(
                     f"{path.name} is too long: after {len(frames)} frames of {stream.width} x {stream.height} it has "
@@ -322,7 +323,7 @@ def read_video(path: Path) -> VideoClip:
         sounds = bool(container.streams.audio)
     if not frames:
         raise MediaError(f"{path.name} holds no frame that could be decoded")
-    return VideoClip(torch.stack(frames).float() / 255, rate, read_audio(path) if sounds else None)
+    return VideoClip(torch.stack(frames), rate, read_audio(path) if sounds else None)
 
 
 # Sound --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("text_to_video", "image_to_video", "guided", "hq_two_stage", "ic_lora", "audio_to_video", "extend_video")
+NAMES = ("text_to_video", "guided_two_stage", "hq_two_stage", "ic_lora", "audio_to_video", "extend_video")
 SAMPLER = "7"  # in the workflow that is interrupted
 FRAMES, FPS = 17, 24
 

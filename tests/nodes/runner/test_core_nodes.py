@@ -132,3 +132,14 @@ def test_primitives_hand_on_their_value(home, class_type, value, text):
 def test_empty_image_bounds_the_product(home):
     with pytest.raises(ValueError, match="4096 pictures of 16384 x 16384"):
         CORE_NODES["EmptyImage"].execute(16384, 16384, 4096)
+
+
+@pytest.mark.parametrize(
+    ("batch_index", "length", "taken"),
+    [(0, 3, [0, 1, 2]), (3, 9, [3, 4]), (9, 2, [4]), (-2, 1, [3]), (-9, 2, [0, 1])],
+)
+def test_pictures_of_a_batch(batch_index, length, taken):
+    """As ComfyUI's own node counts: what lies outside the batch is left out, and one picture is always there."""
+    batch = torch.arange(5.0).reshape(5, 1, 1, 1)
+    (pictures,) = CORE_NODES["ImageFromBatch"].execute(batch, batch_index, length)
+    assert pictures.flatten().tolist() == taken
