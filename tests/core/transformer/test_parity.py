@@ -160,19 +160,7 @@ def own_timesteps(module, timesteps):
 
 
 def from_diffusers(diffusers, state, case, config, keys, dtype):
-    tiny = {
-        "num_layers": 3,
-        "num_attention_heads": 4,
-        "attention_head_dim": 32,
-        "audio_num_attention_heads": 4,
-        "audio_attention_head_dim": 16,
-        "in_channels": 16,
-        "out_channels": 16,
-        "audio_in_channels": 16,
-        "audio_out_channels": 16,
-        "cross_attention_dim": 128,
-        "audio_cross_attention_dim": 64,
-        "caption_channels": 48,
+    tiny = TINY | {
         "perturbed_attn": True,
         "use_prompt_adaln_single": config.get("use_prompt_adaln_single", True),
     }
