@@ -20,6 +20,8 @@ from .loading.keymap import checkpoint_name
 from .loading.write import write_checkpoint
 from .networks import NETWORKS, build_on_meta
 from .text.tiny_gemma import write_tiny_gemma
+from .tiny_lora import write_tiny_lora
+from .tiny_upsampler import upsampler_file, write_tiny_upsampler
 from .vae.mel import mel_filter_bank
 
 LABELS = ("2.0", "2.3", "2.5")
@@ -52,15 +54,26 @@ def checkpoint_file(label: str) -> str:
 
 
 def write_tiny_set(root: Path, label: str = "2.3") -> list[Path]:
-    """Write a tiny checkpoint of version 2.0 or 2.3 and a tiny Gemma folder below the model folder ``root``.
+    """Write what a two-stage recipe needs for version 2.0 or 2.3 below the model folder ``root``.
 
-    Returns the checkpoint and the text encoder folder. Raises ValueError for another version.
+    Returns the checkpoint, the text encoder folder, a LoRA and a spatial x2 upsampler. Raises ValueError for another
+    version.
     """
-    checkpoint = root / "checkpoints" / checkpoint_file(label)
-    encoder = root / "text_encoders" / TEXT_ENCODER
+    if label not in ("2.0", "2.3"):
+        raise ValueError(f"there is no tiny set of version {label!r}; choose 2.0 or 2.3")
+    kind = f"{label}-spatial-x2"
+    files = [
+        root / "checkpoints" / checkpoint_file(label),
+        root / "text_encoders" / TEXT_ENCODER,
+        root / "loras" / f"ltx-{label}-lora-tiny.safetensors",
+        root / "latent_upscale_models" / upsampler_file(kind),
+    ]
+    checkpoint, encoder, lora, upsampler = files
     write_tiny_checkpoint(checkpoint, label)
     write_tiny_gemma(encoder, hidden_size=_GEMMA_WIDTH, num_layers=_GEMMA_LAYERS)
-    return [checkpoint, encoder]
+    write_tiny_lora(lora, checkpoint)
+    write_tiny_upsampler(upsampler, kind, _LATENT_CHANNELS)
+    return files
 
 
 def write_tiny_checkpoint(path: Path, label: str, seed: int = 0) -> None:

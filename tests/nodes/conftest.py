@@ -59,7 +59,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ltx2_engine.ltx2_core.tiny_upsampler import write_tiny_upsampler
 
     root = tmp_path_factory.mktemp("tiny") / "models"
-    checkpoint, encoder = write_tiny_set(root, "2.3")
+    checkpoint, encoder, *_ = write_tiny_set(root, "2.3")
     write_tiny_checkpoint(root / "checkpoints" / checkpoint_file("2.0"), "2.0")
     for name in ("distilled", "dev"):
         (root / "checkpoints" / f"ltx-2.3-22b-{name}.safetensors").symlink_to(checkpoint)
