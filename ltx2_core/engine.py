@@ -121,13 +121,16 @@ class LocalEngine:
             )
         # host floats that the device represents exactly: the sampler's arithmetic is float32
         sigmas = tuple(float(np.float32(sigma)) for sigma in check_sigmas(job.sigmas))
-        mode = evaluation_mode(job.evaluation, len(passes), job.latent.clip.num_video_tokens)
         with torch.no_grad():
             states = job.latent.conditioned(self._states(job.latent), _Encoders(self))
+            work = {mode: self._sampling_bytes(states, len(passes), mode) for mode in EVALUATIONS}
+            free = host().free_bytes(str(self.device))
+            batched_fits = free is None or work["batched"] <= free
+            tokens_made = job.latent.clip.num_video_tokens
+            mode = evaluation_mode(job.evaluation, len(passes), tokens_made, batched_fits=batched_fits)
             title = f"sampling, {len(sigmas) - 1} steps of {len(passes)} passes, {mode}"
             with phase(title, self.device):
-                copies = len(passes) if mode == "batched" else 1
-                model = self._networks["transformer"].use(self._sampling_bytes(states, copies))
+                model = self._networks["transformer"].use(work[mode])
                 x = noised(states, min(sigmas[0], 1.0), self._noise(job))
                 states = states.map(_held)
                 evaluate = EVALUATIONS[mode](
@@ -243,11 +246,13 @@ class LocalEngine:
         channels = self.config.audio_vae.latent_channels
         return noise_source(job.noise_layout, job.seed, self.device, audio_channels=channels)
 
-    def _sampling_bytes(self, states: AV[LatentState], copies: int) -> int:
+    def _sampling_bytes(self, states: AV[LatentState], num_passes: int, mode: str) -> int:
+        """Work space of an evaluation: batched passes all live at once, split ones wait with their hidden tokens."""
+        widths = _LIVE_WIDTHS * num_passes if mode == "batched" else _LIVE_WIDTHS + num_passes
         elements = states.map(
             lambda state, stream: math.prod(state.latent.shape[:2]) * stream.dim, self.config.transformer.streams
         )
-        return sum(elements.present()) * copies * _LIVE_WIDTHS * self.dtype.itemsize
+        return sum(elements.present()) * widths * self.dtype.itemsize
 
     def _result(self, latent: AVLatent, states: AV[LatentState], x: AV[Tensor]) -> AVLatent:
         target = x.map(lambda x, state: state.target(x).float().cpu(), states)

@@ -111,11 +111,12 @@ def combine(predictions: Mapping[str, Tensor], guidance: StreamGuidance) -> Tens
 BATCHED_TOKENS = 1024
 
 
-def evaluation_mode(choice: str, num_passes: int, num_video_tokens: int) -> str:
+def evaluation_mode(choice: str, num_passes: int, num_video_tokens: int, *, batched_fits: bool = True) -> str:
     """``split`` or ``batched`` from the user's choice, which may be ``auto``.
 
-    Split passes share what they have in common and skip what they disable; batched ones read the weights once.
+    Split passes share what they have in common and skip what they disable; batched ones read the weights once and take
+    the memory of all passes, which they may not have (``batched_fits``).
     """
     if choice != "auto":
         return choice
-    return "batched" if num_passes > 1 and num_video_tokens <= BATCHED_TOKENS else "split"
+    return "batched" if num_passes > 1 and num_video_tokens <= BATCHED_TOKENS and batched_fits else "split"

@@ -187,3 +187,5 @@ def test_the_mode_follows_the_choice_and_the_size():
     assert evaluation_mode("auto", 4, 6144) == "split"
     assert evaluation_mode("auto", 4, 300) == "batched"
     assert evaluation_mode("auto", 1, 300) == "split"
+    assert evaluation_mode("auto", 4, 300, batched_fits=False) == "split"
+    assert evaluation_mode("batched", 4, 300, batched_fits=False) == "batched", "the user's choice stands"
