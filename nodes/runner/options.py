@@ -84,7 +84,8 @@ def _matches(name: str, prompt: Prompt) -> list[str]:
 def _only_match(name: str, prompt: Prompt, text: str) -> str:
     found = _matches(name, prompt)
     if len(found) > 1:
-        raise OptionError(f"--set {text!r}: {name!r} stands for nodes {', '.join(found)}; use one of these ids")
+        nodes = ", ".join(f"{node_id} ({title_of(prompt[node_id]) or 'untitled'})" for node_id in found)
+        raise OptionError(f"--set {text!r}: {name!r} stands for nodes {nodes}; use an id or a title")
     return found[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,23 @@ class WorkflowError(ValueError):
         """The problem of the whole, then one line for each problem of a node."""
         lines = [str(self)] if not self.body["node_errors"] else [self.body["error"]["message"]]
         for node_id, report in self.body["node_errors"].items():
-            lines += [
-                f"node {node_id} ({report['class_type']}): {e['message']}: {e['details']}" for e in report["errors"]
-            ]
+            node = f"node {node_id} ({report['class_type']})"
+            lines += [f"{node}: {problem}" for problem in _said_once(report["errors"])]
         return lines
+
+
+def _said_once(problems: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each problem; a reason that ComfyUI repeats for every input that a check reads is said once."""
+    named: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        name, reason = "", problem["details"]
+        if problem["type"] == "custom_validation_failed":
+            name, _, reason = reason.partition(" - ")
+        named.setdefault((problem["message"], reason), []).append(name)
+    return [
+        ": ".join(filter(None, (message, ", ".join(dict.fromkeys(names)), reason)))
+        for (message, reason), names in named.items()
+    ]
 
 
 @dataclass(frozen=True)

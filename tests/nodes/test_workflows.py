@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -529,3 +530,15 @@ def test_raw_sound_has_four_mel_frames_a_latent_less_three(label, rate, hop, tin
         assert kept.audio["sample_rate"] == rate
         assert kept.audio["waveform"].shape == (1, 2, hop * (4 * latents - 3))
         assert kept.images.shape == (frames, 64, 64, 3)
+
+
+@pytest.mark.parametrize("document", ["README.md", "workflows/README.md"])
+def test_the_commands_of_the_documents_name_what_the_workflow_has(document):
+    text = (ROOT / document).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    ltx2 run ")]
+    assert commands
+    for command in commands:
+        prompt = json.loads((ROOT / command[2]).read_text(encoding="utf-8"))
+        settings = [value for option, value in itertools.pairwise(command) if option == "--set"]
+        assert settings
+        assert apply_settings(prompt, OURS | CORE_NODES, settings) != prompt

@@ -229,7 +229,7 @@ def paths(host: Any, base: Path) -> dict[str, Any]:
                 f"input {n!r}": refused(host.input_path, n)
                 for n in ("../outside", "link.png", "[output]", "../x [temp]")
             },
-            **{f"save {n!r}": refused(host.save_path, n, "png") for n in ("../x", "/tmp/x", "leak/x", "a\\b", "")},
+            **{f"save {n!r}": refused(host.save_path, n, "png") for n in ("../x", "/x", "leak/x", "a\\b", "")},
             "kind": refused(host.list_models, "custom_nodes"),
         },
     }

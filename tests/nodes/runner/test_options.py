@@ -46,7 +46,7 @@ def test_settings_find_their_node_and_type(toys, text, node_id, name, value):
         ("3.value", "must have the form"),
         ("value=3", "must have the form"),
         ("Nummer.value=3", r"no node is called 'Nummer'. Did you mean 'Number'\?.*3 \(Stage 1.5\)"),
-        ("Number.value=3", "stands for nodes 3, 4; use one of these ids"),
+        ("Number.value=3", r"stands for nodes 3 \(Stage 1.5\), 4 \(Seed\); use an id or a title"),
         ("3.seed=3", "node '3' has no input 'seed'. It has: value, scale"),
         ("8.thing=3", "takes a link of type THING"),
         ("Typed.flag=maybe", "a switch is"),

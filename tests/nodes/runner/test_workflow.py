@@ -72,3 +72,18 @@ def test_a_missing_or_binary_file_is_a_workflow_error(tmp_path):
     (tmp_path / "bin.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(WorkflowError, match="cannot be read"):
         read_workflow(tmp_path / "bin.json")
+
+
+def test_a_reason_that_concerns_several_inputs_is_said_once():
+    def refused(name, reason):
+        return {"type": "custom_validation_failed", "message": "Custom validation failed", "details": name + reason}
+
+    errors = [refused("width", " - too wide"), refused("height", " - too wide"), refused("fps", "")]
+    errors.append({"type": "value_not_in_list", "message": "Value not in list", "details": "a - b: 'c' not in []"})
+    node_errors = {"3": {"class_type": "Size", "errors": errors}}
+    assert WorkflowError("invalid", "No", node_errors=node_errors).lines() == [
+        "No",
+        "node 3 (Size): Custom validation failed: width, height: too wide",
+        "node 3 (Size): Custom validation failed: fps",
+        "node 3 (Size): Value not in list: a - b: 'c' not in []",
+    ]
