@@ -1,6 +1,6 @@
-"""``ltx2``: runs API-format workflows without a ComfyUI server, and writes tiny models to try it with.
+"""``ltx2``: runs API-format workflows without a ComfyUI server, says what model files are, and writes tiny ones.
 
-Exit codes: 0 done, 1 a node failed, 2 the workflow or the options are invalid, 130 interrupted.
+Exit codes: 0 done, 1 a node failed, 2 the workflow, the options or an inspected file are invalid, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -64,6 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     tiny.set_defaults(command=_tiny)
     tiny.add_argument("--models", type=Path, required=True, metavar="DIR", help="models folder to write into")
     tiny.add_argument("--version", default="2.3", help="model version to imitate (default 2.3)")
+    tiny.add_argument(
+        "--layout",
+        choices=("full", "split"),
+        help="one checkpoint, or one file a component (default: as the version was released)",
+    )
+
+    inspect = commands.add_parser("inspect", help="say what model files are and what goes with them")
+    inspect.set_defaults(command=_inspect)
+    inspect.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help="a weight file, or the folder of a text encoder"
+    )
+    inspect.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
 
@@ -148,12 +160,24 @@ def _tiny(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int:
     from .ltx2_core.tiny import write_tiny_set
 
     try:
-        for path in write_tiny_set(options.models, options.version):
+        for path in write_tiny_set(options.models, options.version, options.layout):
             print(path)
     except (ValueError, OSError) as error:
         print(f"ltx2: {error}", file=sys.stderr)
         return INVALID
     return OK
+
+
+def _inspect(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int:
+    from .ltx2_core.inspect_files import inspect_files
+
+    found = inspect_files(options.files)
+    if options.json:
+        print(json.dumps({"schema": "inspect/1", "files": [facts.to_json() for facts in found]}, indent=1))
+    else:
+        for facts in found:
+            print(facts, file=sys.stdout if facts.error is None else sys.stderr)
+    return INVALID if any(facts.error for facts in found) else OK
 
 
 class _Report:

@@ -14,10 +14,11 @@ import torch
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.config.released import released_config
 from ltx2_engine.ltx2_core.config.upsampler import UpsamplerConfig
-from ltx2_engine.ltx2_core.loading import checkpoint as checkpoint_module
+from ltx2_engine.ltx2_core.loading import staged, store
 from ltx2_engine.ltx2_core.loading.keymap import checkpoint_name, transformer_checkpoint_name
 from ltx2_engine.ltx2_core.networks import NETWORKS, build_on_meta
 from ltx2_engine.ltx2_core.text import gemma
+from ltx2_engine.ltx2_core.text.encoder_config import read_config
 from ltx2_engine.ltx2_core.text.tiny_gemma import write_tiny_gemma
 from ltx2_engine.ltx2_core.upsampler_files import build_upsampler
 
@@ -103,7 +104,7 @@ def _write_gemma(folder: Path) -> None:
     config["text_config"] = kept | GEMMA_12B
     path.write_text(json.dumps(config), encoding="utf-8")
     with torch.device("meta"):
-        module = gemma.build_gemma(gemma.read_gemma_config(folder))
+        module = gemma.build_gemma(read_config(folder / "config.json"))
     shapes = {f"language_model.model.{name}": tuple(t.shape) for name, t in module.state_dict().items()}
     for old in folder.glob("*.safetensors"):
         old.unlink()
@@ -130,14 +131,19 @@ def random_weights(device: str, seed: int = 0) -> Iterator[None]:
     """Inside the block, reading a tensor gives random values made on ``device``; everything else of loading is real."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def read(file, checkpoint, info, on_bytes):
-        tensor = torch.randn(info.shape, generator=generator, device=device, dtype=torch.bfloat16) * STD
-        on_bytes(info.size_bytes)
-        return tensor
+    def read_staged(requests, *, device, allocate=None, on_bytes=None, **_):
+        for request in requests:
+            tensor = None if allocate is None else allocate(request)
+            if tensor is None:
+                tensor = torch.empty(request.info.torch_shape, dtype=request.info.torch_dtype, device=device)
+            values = torch.randn(tensor.shape, generator=generator, device=generator.device, dtype=torch.bfloat16)
+            tensor.copy_(values * STD)
+            if on_bytes is not None:
+                on_bytes(request.info.size_bytes)
+            yield request, tensor
 
-    original = checkpoint_module._read_tensor
-    checkpoint_module._read_tensor = read
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in (staged, store):
+            stack.callback(setattr, module, "read_staged", module.read_staged)
+            module.read_staged = read_staged
         yield
-    finally:
-        checkpoint_module._read_tensor = original

@@ -16,21 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from .av import AV
-from .component import Component
+from .component import Component, NetworkFiles
 from .conditioning import state as tokens
 from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
+from .config.upsampler import UpsamplerConfig
 from .config.version import ModelVersion
 from .evaluate import EVALUATIONS
 from .host import Progress, host
 from .job import DecodedClip, SampleJob, check_job, check_latents
-from .loading.build import component_bytes, load_component
-from .loading.checkpoint import read_tensors
-from .loading.lora import LoraFile, fuse, match, read_lora, reference_factors
+from .loading.build import Source, sources_of
+from .loading.changes import Adapter, Adapters
+from .loading.lora.file import read_lora, reference_factors
+from .loading.lora.report import Report, match
+from .loading.lora.strength import Strength
 from .model_files import ModelFiles
 from .model_spec import ModelSpec
 from .networks import FLOAT32_NETWORKS, NETWORKS, build_on_meta
 from .phases import phase
+from .preflight import open_files
 from .presets import default_image_crf
 from .preview import Previewer
 from .sampling.denoise import Denoiser
@@ -39,7 +43,7 @@ from .sampling.noise import SamplerNoise, generator, noise_source, noised
 from .sampling.samplers import NEEDS_UNCOND, SAMPLERS, evaluations
 from .sampling.sigmas import check_sigmas
 from .shapes import VIDEO_SPACE_FACTOR, VIDEO_TIME_FACTOR, ClipShape
-from .text import gemma
+from .text import encoder_files, gemma
 from .text.context import Context
 from .text.native import split_conditioning
 from .text.tokenizer import load_tokenizer, tokenize
@@ -68,25 +72,41 @@ class LocalEngine:
     """
 
     def __init__(self, files: ModelFiles, base: LocalEngine | None = None):
-        """base: the engine of the same files without LoRAs, whose other networks this one uses."""
+        """base: the engine of the same files without LoRAs, whose networks this one uses with its own LoRAs.
+
+        Raises LoraError for a LoRA that does not fit, before any weight is read.
+        """
         self.files = files
         self.config = files.config
         self.device = torch.device(files.spec.device)
         self.dtype: torch.dtype = getattr(torch, files.spec.dtype)
         self._base = base
-        own = ("transformer",) if base is not None else tuple(NETWORKS)
-        loras = [(read_lora(one.path), one.strength) for one in files.spec.loras]
-        self._networks: dict[str, Component[Any]] = {} if base is None else dict(base._networks)
-        self._networks |= {name: _network(files, name, self._dtype_of(name), loras) for name in own}
-        self._text_encoder: Component[Any] = _text_encoder(files, self.dtype) if base is None else base._text_encoder
-        self._own = [self._networks[name] for name in own] + ([self._text_encoder] if base is None else [])
+        self._adapters, self.lora_report = _adapters(files)
+        if base is not None:
+            self._networks, self._text_encoder = base._networks, base._text_encoder
+            return
+        self._networks = {name: _network(files, name, self._dtype_of(name)) for name in NETWORKS}
+        self._text_encoder = _text_encoder(files, self.dtype)
         # the host keeps residents alive, so memory goes back when the last handle of this engine does
-        weakref.finalize(self, _close_all, tuple(self._own))
+        weakref.finalize(self, _close_all, (*self._networks.values(), self._text_encoder))
+
+    def start(self) -> None:
+        """Begin to read what comes first, in the background: the text encoder, then the transformer with its LoRAs."""
+        transformer = self._networks["transformer"]
+        before_it = (self._text_encoder, self._networks["text_head"])
+        self._text_encoder.start(_TEXT_WORK_BYTES)
+        missing = sum(one.full_bytes - one.bytes_on(str(self.device)) for one in before_it)
+        transformer.start(missing + 2 * _TEXT_WORK_BYTES, after=self._text_encoder)
+
+    def expect_loras(self) -> None:
+        """Have this engine's LoRAs read together with the transformer, if that is being read."""
+        self._networks["transformer"].want(self._adapters)
 
     def encode(self, prompt: str) -> Context:
         """Encode a prompt. Raises GemmaError or TokenizerError when the text encoder's folder is not usable."""
         with phase("text encoding", self.device), torch.no_grad():
-            ids = tokenize(load_tokenizer(self.files.spec.text_encoder), prompt)
+            ids = tokenize(load_tokenizer(self.files.text_encoder.tokenizer), prompt)
+            self.start()
             encoder = self._text_encoder.use(_TEXT_WORK_BYTES)
             layers = self.config.num_hidden_states - 1
             with host().progress(layers, "encoding the prompt") as progress:
@@ -124,13 +144,13 @@ class LocalEngine:
         with torch.no_grad():
             states = job.latent.conditioned(self._states(job.latent), _Encoders(self))
             work = {mode: self._sampling_bytes(states, len(passes), mode) for mode in EVALUATIONS}
-            free = host().free_bytes(str(self.device))
+            free = self._free_bytes()
             batched_fits = free is None or work["batched"] <= free
             tokens_made = job.latent.clip.num_video_tokens
             mode = evaluation_mode(job.evaluation, len(passes), tokens_made, batched_fits=batched_fits)
             title = f"sampling, {len(sigmas) - 1} steps of {len(passes)} passes, {mode}"
             with phase(title, self.device):
-                model = self._networks["transformer"].use(work[mode])
+                model = self._networks["transformer"].use(work[mode], self._adapters)
                 x = noised(states, min(sigmas[0], 1.0), self._noise(job))
                 states = states.map(_held)
                 evaluate = EVALUATIONS[mode](
@@ -164,18 +184,11 @@ class LocalEngine:
         check_fits(config, self.config.video_vae.latent_channels, label, upsampler.name, stated)
         clip = _upscaled(latent.clip, config.output_grid(*latent.clip.grid), temporal=config.temporal)
 
-        def load(on_bytes: Callable[[int], None]) -> nn.Module:
-            module = build_upsampler(config)
-            device, dtype = self.device, self.dtype
-            return load_component(module, checkpoint, "upsampler", device=device, dtype=dtype, on_bytes=on_bytes)
-
-        file_bytes = component_bytes(checkpoint, "upsampler")
-        component: Component[Any] = Component(
+        component: Component[nn.Module] = Component(
             f"{config} upsampler",
+            NetworkFiles(partial(_upsampler_on_meta, config), sources_of((checkpoint,), "upsampler")),
             device=str(self.device),
-            weight_bytes=file_bytes // 2 * self.dtype.itemsize,
-            file_bytes=file_bytes,
-            load=load,
+            dtype=self.dtype,
         )
         with phase(f"upscaling, {config}", self.device), torch.no_grad():
             statistics = self._networks["video_decoder"].use(0).per_channel_statistics
@@ -207,8 +220,14 @@ class LocalEngine:
         return DecodedClip(frames, waveform, self.config.vocoder.sample_rate, latent.clip.fps)
 
     def close(self) -> None:
-        """Give all memory back; a later use reads the weights again."""
-        _close_all(tuple(self._own))
+        """Give all memory back, also that of engines that differ in LoRAs only; a later use reads the weights again."""
+        _close_all((*self._networks.values(), self._text_encoder))
+
+    def _free_bytes(self) -> int | None:
+        """What work can take: free memory without what readings in the background will fill."""
+        free = host().free_bytes(str(self.device))
+        pending = sum(one.pending_bytes for one in (*self._networks.values(), self._text_encoder))
+        return None if free is None else max(free - pending, 0)
 
     def _dtype_of(self, network: str) -> torch.dtype:
         return torch.float32 if network in FLOAT32_NETWORKS else self.dtype
@@ -270,7 +289,7 @@ class LocalEngine:
         component = self._networks["video_decoder"]
         # the memory of a stream is asked for; what is free beyond it decides whether the clip decodes at once
         decoder = component.use(plan_for(None, choice).work_bytes)
-        plan = plan_for(host().free_bytes(str(self.device)), choice)
+        plan = plan_for(self._free_bytes(), choice)
         _LOG.info("decoding video %s", plan)
         latents = video.to(self.device, self.dtype)
         frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3)
@@ -312,7 +331,7 @@ class _Encoders:
         )
         with phase("encoding pictures", engine.device):
             encoder = engine._networks["video_encoder"].use(plan_for(None).work_bytes)
-            plan = plan_for(host().free_bytes(str(engine.device)))
+            plan = plan_for(engine._free_bytes())
             with host().progress(pixels.shape[2], "encoding pictures") as progress:
                 return tiling.encode(encoder, pixels.to(engine.dtype), plan, lambda done, _: progress.to(done))
 
@@ -354,47 +373,61 @@ def _upscaled(clip: ClipShape, grid: tuple[int, int, int], *, temporal: bool) ->
     )
 
 
-def _network(files: ModelFiles, name: str, dtype: torch.dtype, loras: list[tuple[LoraFile, float]]) -> Component[Any]:
-    # a LoRA that does not fit is said before weights are read
-    report = match(build_on_meta(name, files.config), loras) if loras else None
+def _adapters(files: ModelFiles) -> tuple[Adapters, Report | None]:
+    """The model's LoRAs, and what they do to its transformer."""
+    adapters = tuple(
+        Adapter(read_lora(one.path), Strength(one.strength * one.video, one.strength * one.audio), one.parity)
+        for one in files.spec.loras
+    )
+    if not adapters:
+        return (), None
+    shapes = {source.name: source.weight.shape for source in sources_of(files.of("transformer"), "transformer")}
+    report = match(shapes, [(one.file, one.strength) for one in adapters], parity=adapters[0].parity)
+    report.log()
+    return adapters, report
 
-    def load(on_bytes: Callable[[int], None]) -> nn.Module:
-        device = files.spec.device
-        module = build_on_meta(name, files.config)
-        module = load_component(module, files.checkpoint, name, device=device, dtype=dtype, on_bytes=on_bytes)
-        if loras:
-            fuse(module, loras, device=device, on_bytes=on_bytes)
-        return module
 
+def _network(files: ModelFiles, name: str, dtype: torch.dtype) -> Component[Any]:
+    streams = name == "transformer"
     return Component(
-        name.replace("_", " ") + (" with LoRA" if loras else ""),
+        name.replace("_", " "),
+        NetworkFiles(
+            partial(build_on_meta, name, files.config),
+            sources_of(files.of(name), name),
+            keeps_packed=lambda name: streams and name.startswith("blocks."),
+            blocks=lambda module: module.blocks if streams else (),
+        ),
         device=files.spec.device,
-        weight_bytes=files.elements(name) * dtype.itemsize,
-        file_bytes=component_bytes(files.checkpoint, name) + (0 if report is None else report.size_bytes),
-        load=load,
+        dtype=dtype,
+        limit=files.spec.limit_bytes if streams else None,
     )
 
 
 def _text_encoder(files: ModelFiles, dtype: torch.dtype) -> Component[Any]:
-    def load(on_bytes: Callable[[int], None]) -> nn.Module:
+    encoder, device = files.text_encoder, torch.device(files.spec.device)
+
+    def build() -> nn.Module:
         with torch.device("meta"):
-            module = gemma.build_gemma(files.text_config)
-        state: dict[str, Tensor] = {}
-        for file in files.text_weights:
-            wanted = {name: own for name in file.tensors if (own := gemma.module_name(name)) is not None}
-            for name, tensor in read_tensors(file, wanted, device=files.spec.device, dtype=dtype, on_bytes=on_bytes):
-                state[wanted[name]] = tensor
-        gemma.assign(module, state, source=str(files.spec.text_encoder))
-        gemma.fill_buffers(module, torch.device(files.spec.device))
-        return module.requires_grad_(False).train(False)
+            return encoder_files.build(encoder)
 
     return Component(
         "text encoder",
+        NetworkFiles(
+            build,
+            [Source(name, file, weight) for file, weight, name in encoder.needed()],
+            finish=lambda module: gemma.fill_buffers(module, device),
+            keeps_packed=lambda name: name.startswith("layers."),
+            blocks=lambda module: module.layers,
+        ),
         device=files.spec.device,
-        weight_bytes=files.text_elements * dtype.itemsize,
-        file_bytes=sum(file.size_bytes for file in files.text_weights),
-        load=load,
+        dtype=dtype,
+        limit=files.spec.limit_bytes,
     )
+
+
+def _upsampler_on_meta(config: UpsamplerConfig) -> nn.Module:
+    with torch.device("meta"):
+        return build_upsampler(config)
 
 
 def _close_all(components: tuple[Component, ...]) -> None:
@@ -415,8 +448,9 @@ def open_engine(spec: ModelSpec) -> LocalEngine:
         if spec.loras:
             base = open_engine(spec.base)
             engine = LocalEngine(replace(base.files, spec=spec), base)
+            engine.expect_loras()
         else:
-            engine = LocalEngine(ModelFiles.read(spec))
+            engine = LocalEngine(open_files(spec))
         _engines[spec] = engine
     return engine
 
@@ -432,10 +466,25 @@ class ModelHandle:
     def label(self) -> str:
         return self.engine.files.version.label
 
-    def with_lora(self, path: Path, strength: float) -> ModelHandle:
-        """A handle of this model with one LoRA more; this one stays as it is. Raises as ``read_lora`` and ``match`` do."""
-        spec = self.spec.with_lora(path, strength)
+    def start(self) -> ModelHandle:
+        """Begin to read the model's files in the background; returns this handle."""
+        self.engine.start()
+        return self
+
+    def with_lora(
+        self, path: Path, strength: float, *, video: float = 1.0, audio: float = 1.0, parity: str = "float32"
+    ) -> ModelHandle:
+        """A handle of this model with one LoRA more; this one stays as it is.
+
+        video, audio: factors of the strength in each stream. parity: as in ``LoraSpec``. Raises as ``read_lora`` and
+        ``match`` do.
+        """
+        spec = self.spec.with_lora(path, strength, video=video, audio=audio, parity=parity)
         return ModelHandle(spec, open_engine(spec))
+
+    def lora_report(self) -> str:
+        """What the model's LoRAs change, and what in their files is not used."""
+        return str(self.engine.lora_report or "no LoRA")
 
     def reference_factors(self) -> tuple[int, int]:
         """How much smaller and how much sparser reference videos are, as the LoRAs' files say; 1 and 1 without."""

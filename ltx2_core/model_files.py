@@ -1,104 +1,84 @@
-"""The files of one model: which they are, what their headers say, and whether they belong together."""
+"""The files of one model, and which of them holds which network."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
-from .config.fields import ConfigError
 from .config.model import ModelConfig
 from .config.version import ModelVersion
-from .loading import keymap
-from .loading.build import check
-from .loading.checkpoint import Checkpoint, CheckpointError, read_header
+from .file_kinds import AUDIO_VAE, CONNECTORS, PROJECTION, TRANSFORMER, VIDEO_VAE, VOCODER, part_of
+from .loading.checkpoint import Checkpoint
 from .model_spec import ModelSpec
-from .networks import NETWORKS, build_on_meta
-from .text import gemma
+from .text.encoder_files import TextEncoderFiles
 
-_PARTS = {
-    "transformer": "transformer",
-    "video_decoder": "video VAE",
-    "audio_decoder": "audio VAE",
-    "vocoder": "vocoder",
-    "text_head": "text projection and connectors",
+# network -> the parts of a model that its tensors are
+NETWORK_PARTS: Mapping[str, tuple[str, ...]] = {
+    "transformer": (TRANSFORMER,),
+    "text_head": (PROJECTION, CONNECTORS),
+    "video_encoder": (VIDEO_VAE,),
+    "video_decoder": (VIDEO_VAE,),
+    "audio_encoder": (AUDIO_VAE,),
+    "audio_decoder": (AUDIO_VAE,),
+    "vocoder": (VOCODER,),
+}
+
+# part -> the files of a ModelSpec that may hold it, by field; the first that does is the one that counts
+SOURCES: Mapping[str, tuple[str, ...]] = {
+    TRANSFORMER: ("checkpoint",),
+    CONNECTORS: ("text_projection", "checkpoint"),
+    PROJECTION: ("text_projection", "checkpoint", "text_encoder"),
+    VIDEO_VAE: ("video_vae", "checkpoint"),
+    AUDIO_VAE: ("audio_vae", "checkpoint"),
+    VOCODER: ("audio_vae", "checkpoint"),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class ModelFiles:
-    """Checked headers and configurations of a model's files; no weights.
+    """Checked headers and configurations of a model's files; no weights. ``preflight`` makes one.
 
-    checkpoint: the LTX-2 file. text_weights: the text encoder's files; text_config: its config.json.
+    checkpoint: the file with the transformer. networks: network -> the files that hold it together.
     """
 
     spec: ModelSpec
     checkpoint: Checkpoint
+    networks: Mapping[str, tuple[Checkpoint, ...]]
     version: ModelVersion
     config: ModelConfig
-    text_weights: tuple[Checkpoint, ...]
-    text_config: dict
+    text_encoder: TextEncoderFiles
 
-    @classmethod
-    def read(cls, spec: ModelSpec) -> ModelFiles:
-        """Read all headers and check every tensor's name and shape against the networks, before anything is loaded.
-
-        Raises CheckpointError, ConfigError or GemmaError; each names the file and what would fit.
-        """
-        checkpoint = read_header(spec.checkpoint)
-        version = checkpoint.version()
-        _check_parts(checkpoint, version)
-        text_config = gemma.read_gemma_config(spec.text_encoder)
-        text_weights = tuple(read_header(path) for path in gemma.weight_files(spec.text_encoder))
-        states = gemma.num_hidden_states(text_config)
-        try:
-            config = ModelConfig.from_config(checkpoint.config(), states, checkpoint.tensors)
-        except ConfigError as error:
-            raise ConfigError(f"{checkpoint.path}: {error}") from error
-        files = cls(spec, checkpoint, version, config, text_weights, text_config)
-        files._check_text_encoder()
-        for name in NETWORKS:
-            check(build_on_meta(name, config), checkpoint, name)
-        return files
-
-    @cached_property
-    def text_elements(self) -> int:
-        """Weights of the text encoder that are loaded."""
-        return sum(
-            math.prod(info.shape)
-            for file in self.text_weights
-            for name, info in file.tensors.items()
-            if gemma.module_name(name) is not None
-        )
-
-    def elements(self, network: str) -> int:
-        """Weights of one network."""
-        names = keymap.module_names(network, self.checkpoint.tensors)
-        return sum(math.prod(self.checkpoint.tensors[name].shape) for name in names)
-
-    def _check_text_encoder(self) -> None:
-        text = self.text_config.get("text_config", self.text_config)
-        width, needed = text["hidden_size"], self.config.text.feature_dim
-        projections = [
-            info.shape[1]
-            for name, info in self.checkpoint.tensors.items()
-            if name.startswith("text_embedding_projection.") and len(info.shape) == 2
-        ]
-        states = self.config.num_hidden_states
-        if width != needed or any(inputs != width * states for inputs in projections):
-            raise ConfigError(
-                f"{self.spec.text_encoder}: this text encoder has {states - 1} layers of width {width}, but "
-                f"{self.checkpoint.path.name} was made for {projections[0] // needed - 1} layers of width {needed}. "
-                "LTX-2.0 and 2.3 need Gemma 3 12B (google/gemma-3-12b-it-qat-q4_0-unquantized)."
-            )
+    def of(self, network: str) -> tuple[Checkpoint, ...]:
+        """The files that hold a network together, without tensors that another file has in their place."""
+        return self.networks[network]
 
 
-def _check_parts(checkpoint: Checkpoint, version: ModelVersion) -> None:
-    """Say in one sentence when whole networks are missing, rather than list their tensors."""
-    missing = [label for name, label in _PARTS.items() if not keymap.module_names(name, checkpoint.tensors)]
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.path}: this is {checkpoint.looks_like()} and has no {', no '.join(missing)}. Loaded as one "
-            "model it must hold everything: choose the full checkpoint of LTX-2.0 or 2.3 "
-            "(ltx-2-19b-*.safetensors, ltx-2.3-22b-*.safetensors)."
-        )
+def holders(chosen: Mapping[str, Sequence[Checkpoint]]) -> dict[str, Checkpoint]:
+    """Part of a model -> the file that holds it; a part that no file has is left out.
+
+    chosen: files by the field of the ModelSpec that names them.
+    """
+    found = {}
+    for part, fields in SOURCES.items():
+        files = [file for field in fields for file in chosen.get(field, ())]
+        holder = next((file for file in files if any(part_of(name) == part for name in file.tensors)), None)
+        if holder is not None:
+            found[part] = holder
+    return found
+
+
+def network_files(holders: Mapping[str, Checkpoint]) -> dict[str, tuple[Checkpoint, ...]]:
+    """Network -> the files that hold it together, for every network all of whose parts are there."""
+    return {
+        network: tuple(_without_replaced(file, parts, holders) for file in dict.fromkeys(holders[p] for p in parts))
+        for network, parts in NETWORK_PARTS.items()
+        if all(part in holders for part in parts)
+    }
+
+
+def _without_replaced(file: Checkpoint, parts: Sequence[str], holders: Mapping[str, Checkpoint]) -> Checkpoint:
+    """The file as if it lacked those of the parts that another file holds."""
+    replaced = {part for part in parts if holders[part] is not file}
+    kept = {name: info for name, info in file.tensors.items() if part_of(name) not in replaced}
+    return file if len(kept) == len(file.tensors) else replace(file, tensors=MappingProxyType(kept))

@@ -14,19 +14,29 @@ Identity = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """A LoRA and how strongly it counts; 1 is what it was trained for."""
+    """A LoRA and how strongly it counts; 1 is what it was trained for.
+
+    video, audio: factors of the strength in each stream. parity: the arithmetic of merging, "float32" (one rounding) or
+    "ltx-core" (that of ltx-core 1.0.0, which ignores alpha).
+    """
 
     path: Path
     strength: float
     identity: Identity
+    video: float = 1.0
+    audio: float = 1.0
+    parity: str = "float32"
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """One model on one device.
 
-    checkpoint: the LTX-2 file. text_encoder: the Gemma folder. dtype: ``bfloat16`` or ``float32``.
-    identity: of every file. loras: added to the transformer in this order.
+    checkpoint: the file with the transformer, and with every other part for which no file is named.
+    text_encoder: its folder or file. video_vae, audio_vae (with the vocoder), text_projection (with or without the
+    connectors): files that hold these parts instead. dtype: ``bfloat16`` or ``float32``.
+    identity: of every file. loras: added to the transformer in this order. limit_gib: the most memory of the device
+    that weights and work of a network may take together; 0 leaves it to the host.
     """
 
     checkpoint: Path
@@ -35,9 +45,24 @@ class ModelSpec:
     device: str
     identity: tuple[Identity, ...]
     loras: tuple[LoraSpec, ...] = ()
+    video_vae: Path | None = None
+    audio_vae: Path | None = None
+    text_projection: Path | None = None
+    limit_gib: float = 0.0
 
     @classmethod
-    def of(cls, checkpoint: Path, text_encoder: Path, *, dtype: str, device: str) -> ModelSpec:
+    def of(
+        cls,
+        checkpoint: Path,
+        text_encoder: Path,
+        *,
+        dtype: str,
+        device: str,
+        video_vae: Path | None = None,
+        audio_vae: Path | None = None,
+        text_projection: Path | None = None,
+        limit_gib: float = 0.0,
+    ) -> ModelSpec:
         """The spec of these files as they are now. ``auto`` is bfloat16 on a GPU and float32 on the CPU.
 
         Raises ValueError for an unknown dtype, OSError for a file that is not there.
@@ -46,19 +71,44 @@ class ModelSpec:
             raise ValueError(f"dtype {dtype!r} is not known; choose {', '.join(DTYPES)}")
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
-        files = [checkpoint, *sorted(p for p in text_encoder.iterdir() if p.suffix in (".safetensors", ".json"))]
-        return cls(checkpoint, text_encoder, dtype, device, tuple(_identity(path) for path in files))
+        components = {"video_vae": video_vae, "audio_vae": audio_vae, "text_projection": text_projection}
+        files = [checkpoint, *filter(None, components.values()), *_text_encoder_files(text_encoder)]
+        return cls(
+            checkpoint, text_encoder, dtype, device, tuple(map(_identity, files)), limit_gib=limit_gib, **components
+        )
 
-    def with_lora(self, path: Path, strength: float) -> ModelSpec:
-        """This model with one LoRA more. Raises ValueError for a strength that is not a number from -10 to 10."""
-        if not (math.isfinite(strength) and abs(strength) <= 10):
-            raise ValueError(f"{path.name}: a LoRA's strength must be a number from -10 to 10, found {strength}")
-        return replace(self, loras=(*self.loras, LoraSpec(path, strength, _identity(path))))
+    def with_lora(
+        self, path: Path, strength: float, *, video: float = 1.0, audio: float = 1.0, parity: str = "float32"
+    ) -> ModelSpec:
+        """This model with one LoRA more.
+
+        Raises ValueError for a strength that is not a number from -10 to 10, and for another parity than that of the
+        LoRAs before it: they are merged in one sum.
+        """
+        for name, value in (("strength", strength), ("video", strength * video), ("audio", strength * audio)):
+            if not (math.isfinite(value) and abs(value) <= 10):
+                raise ValueError(
+                    f"{path.name}: a LoRA's strength must be a number from -10 to 10, found {name} {value}"
+                )
+        if any(one.parity != parity for one in self.loras):
+            raise ValueError(
+                f"{path.name}: its precision is {parity}, that of {self.loras[0].path.name} is {self.loras[0].parity}: "
+                "choose one for all LoRAs of a model"
+            )
+        return replace(self, loras=(*self.loras, LoraSpec(path, strength, _identity(path), video, audio, parity)))
+
+    @property
+    def limit_bytes(self) -> int | None:
+        return int(self.limit_gib * 2**30) if self.limit_gib else None
 
     @property
     def base(self) -> ModelSpec:
         """The model without its LoRAs."""
         return replace(self, loras=())
+
+
+def _text_encoder_files(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".model")) if path.is_dir() else [path]
 
 
 def _identity(path: Path) -> Identity:

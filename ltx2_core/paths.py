@@ -6,7 +6,7 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ KIND_FOLDERS = {
 }
 LEGACY_KINDS = {"unet": "diffusion_models", "clip": "text_encoders"}
 MODEL_SUFFIXES = (".safetensors", ".sft")
+GGUF_SUFFIX = ".gguf"
+# transformers and text encoders are there as GGUF files too
+GGUF_KINDS = ("checkpoints", "diffusion_models", "text_encoders")
 MAX_LISTED = 20_000
+MAX_WALKED = 20_000
 MAX_NAME = 1_024
 MAX_PART = 230  # bytes; file systems allow 255, and a counter and an extension follow
 
@@ -94,6 +98,57 @@ def _join(folders: Sequence[Path]) -> str:
     return ", ".join(map(str, folders)) or "no folder; none is configured (use --models DIR)"
 
 
+def model_suffixes(kind: str) -> tuple[str, ...]:
+    """How the names of weight files of a kind end."""
+    return (*MODEL_SUFFIXES, GGUF_SUFFIX) if kind in GGUF_KINDS else MODEL_SUFFIXES
+
+
+def find_files(folders: Sequence[Path], allowed: Sequence[Path], suffixes: tuple[str, ...]) -> set[str]:
+    """Relative names of the files below the folders whose names end so and that lie in ``allowed``.
+
+    Raises PathError for folders that hold more than is listed.
+    """
+    names: set[str] = set()
+    for folder in folders:
+        for directory, files in walk_files(folder, allowed):
+            found = [directory / name for name in files if name.lower().endswith(suffixes)]
+            inside = [p for p in found if not p.is_symlink() or any(is_inside(root, p) for root in allowed)]
+            names.update(path.relative_to(folder).as_posix() for path in inside)
+            if len(names) > MAX_LISTED:
+                raise PathError(f"{folder} holds more than {MAX_LISTED} models; name a smaller folder")
+    return names
+
+
+def text_encoder_names(weights: Iterable[str], folders: Sequence[Path]) -> set[str]:
+    """Text encoders among the weight files below the folders.
+
+    A folder with a ``config.json`` stands for the safetensors files in it; every other file stands for itself.
+    """
+    parents: dict[str, bool] = {"": False}
+    names = set()
+    for name in weights:
+        parent = name.rpartition("/")[0]
+        if parent not in parents:
+            parents[parent] = any((folder / parent / "config.json").is_file() for folder in folders)
+        names.add(parent if parents[parent] and not name.lower().endswith(GGUF_SUFFIX) else name)
+    return names
+
+
+def check_model_file(path: Path, kind: str, name: str) -> Path:
+    """``path``, the weight file that ``name`` leads to; PathError when it is a folder or of another type."""
+    suffixes = model_suffixes(kind)
+    if path.suffix.lower() not in suffixes or not path.is_file():
+        raise PathError(f"{kind} file {name!r} is not a file ending in {' or '.join(suffixes)}")
+    return path
+
+
+def check_text_encoder(path: Path, name: str) -> Path:
+    """``path``, the folder or weight file that ``name`` leads to; PathError when it is no text encoder of either form."""
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise PathError(f"text encoder folder {name!r} holds no config.json")
+    return path if path.is_dir() else check_model_file(path, "text_encoders", name)
+
+
 def walk_files(folder: Path, allowed: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
     """(directory, file names) of ``folder`` and below, following links that stay in ``allowed``, each place once."""
     seen: set[str] = set()
@@ -103,6 +158,8 @@ def walk_files(folder: Path, allowed: Sequence[Path]) -> Iterator[tuple[Path, li
             subfolders.clear()
             continue
         seen.add(real)
+        if len(seen) > MAX_WALKED:
+            raise PathError(f"{folder} holds more than {MAX_WALKED} folders; name a smaller folder")
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
         yield Path(directory), sorted(files)
 

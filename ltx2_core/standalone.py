@@ -18,14 +18,16 @@ from typing import Any
 from .host import HostOutOfMemory, Interrupted, PreviewSpec, Progress, Resident, SavedFile
 from .paths import (
     KIND_FOLDERS,
-    MAX_LISTED,
-    MODEL_SUFFIXES,
     PathError,
+    check_model_file,
     check_relative,
+    check_text_encoder,
+    find_files,
     find_inside,
     is_inside,
+    model_suffixes,
     read_extra_model_paths,
-    walk_files,
+    text_encoder_names,
 )
 
 _LOG = logging.getLogger("ltx2")
@@ -131,50 +133,25 @@ class StandaloneHost:
             raise ValueError(f"no model folder is called {kind!r}; there is {', '.join(self._folders)}")
         return self._folders[kind]
 
-    def _listed(self, kind: str, pick: Callable[[Path, list[str]], list[Path]]) -> list[str]:
-        allowed = self._allowed()
-        names: set[str] = set()
-        for folder in self._kind(kind):
-            for directory, files in walk_files(folder, allowed):
-                names.update(path.relative_to(folder).as_posix() for path in pick(directory, files))
-                if len(names) > MAX_LISTED:
-                    raise PathError(f"{folder} holds more than {MAX_LISTED} models; name a smaller folder")
-        return sorted(names, key=str.casefold)
-
     def list_models(self, kind: str) -> list[str]:
         """Relative names of the weight files of ``kind``, sub-folders included."""
-        allowed = self._allowed()
-
-        def weights(directory: Path, files: list[str]) -> list[Path]:
-            found = [directory / f for f in files if f.lower().endswith(MODEL_SUFFIXES)]
-            return [path for path in found if not path.is_symlink() or any(is_inside(root, path) for root in allowed)]
-
-        return self._listed(kind, weights)
+        return sorted(find_files(self._kind(kind), self._allowed(), model_suffixes(kind)), key=str.casefold)
 
     def list_text_encoders(self) -> list[str]:
-        """Relative names of the folders below the text encoder folders that hold a ``config.json``."""
-        roots = self._kind("text_encoders")
-
-        def model_folder(directory: Path, files: list[str]) -> list[Path]:
-            return [directory] if "config.json" in files and directory not in roots else []
-
-        return self._listed("text_encoders", model_folder)
+        """Relative names of the text encoder folders, and of the text encoder files that lie in none."""
+        names = text_encoder_names(self.list_models("text_encoders"), self._kind("text_encoders"))
+        return sorted(names, key=str.casefold)
 
     def resolve_model(self, kind: str, name: str) -> Path:
         """The weight file ``name``. Raises ``PathError`` when it is absent, of another type, or out of bounds."""
-        what = f"{kind} file"
-        path = find_inside(self._kind(kind), self._allowed(), name, what, self.list_models(kind))
-        if path.suffix.lower() not in MODEL_SUFFIXES or not path.is_file():
-            raise PathError(f"{what} {name!r} is not a file ending in {' or '.join(MODEL_SUFFIXES)}")
-        return path
+        path = find_inside(self._kind(kind), self._allowed(), name, f"{kind} file", self.list_models(kind))
+        return check_model_file(path, kind, name)
 
     def resolve_text_encoder(self, name: str) -> Path:
-        """The text encoder folder ``name``."""
+        """The text encoder folder or file ``name``. Raises ``PathError`` as ``resolve_model`` does."""
         folders = self._kind("text_encoders")
-        path = find_inside(folders, self._allowed(), name, "text encoder folder", self.list_text_encoders())
-        if not (path / "config.json").is_file():
-            raise PathError(f"text encoder folder {name!r} holds no config.json")
-        return path
+        path = find_inside(folders, self._allowed(), name, "text encoder", self.list_text_encoders())
+        return check_text_encoder(path, name)
 
     def input_path(self, name: str) -> Path:
         """The existing file ``name`` of the input folder; ``name [output]`` and ``name [temp]`` as in ComfyUI."""

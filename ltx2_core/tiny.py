@@ -16,16 +16,18 @@ from torch import Tensor
 
 from .config.model import ModelConfig
 from .config.released import released_config
+from .file_kinds import AUDIO_VAE, CONNECTORS, PROJECTION, TRANSFORMER, VIDEO_VAE, VOCODER, part_of
 from .loading.keymap import checkpoint_name
 from .loading.write import write_checkpoint
 from .networks import NETWORKS, build_on_meta
-from .text.tiny_gemma import write_tiny_gemma
+from .text.tiny_gemma import GEMMA4_VERSION, write_tiny_gemma, write_tiny_gemma4
 from .tiny_lora import write_tiny_lora
 from .tiny_upsampler import upsampler_file, write_tiny_upsampler
 from .vae.mel import mel_filter_bank
 
 LABELS = ("2.0", "2.3", "2.5")
 TEXT_ENCODER = "gemma-3-tiny"
+BUNDLE = "gemma4-tiny-with-proj-ltx-2.5.safetensors"
 
 _GEMMA_WIDTH, _GEMMA_LAYERS = 64, 6
 _WIDTH, _AUDIO_WIDTH, _HEADS = 128, 64, 4
@@ -48,52 +50,111 @@ _TRANSFORMER = {
 }
 
 
+# file of the split layout -> its folder, the parts it holds, and the sections of the configuration it carries
+_SPLIT = {
+    "transformer": ("diffusion_models", (TRANSFORMER, CONNECTORS), ("transformer",)),
+    "video-vae": ("vae", (VIDEO_VAE,), ("vae",)),
+    "audio-vae": ("vae", (AUDIO_VAE, VOCODER), ("audio_vae", "vocoder")),
+    "text-projection": ("text_encoders", (PROJECTION,), ()),
+}
+LAYOUTS = ("full", "split")
+
+# LTX-2.5 was released as separate files, with the text projection in the text encoder's
+_SPLIT_ONLY = "2.5"
+
+
 def checkpoint_file(label: str) -> str:
     """Name of the tiny checkpoint of a version."""
     return f"ltx-{label}-tiny.safetensors"
 
 
-def write_tiny_set(root: Path, label: str = "2.3") -> list[Path]:
-    """Write what a two-stage recipe needs for version 2.0 or 2.3 below the model folder ``root``.
+def split_file(label: str, kind: str) -> str:
+    """Name, with its folder, of one file of the split layout: transformer, video-vae, audio-vae, text-projection."""
+    return f"{_SPLIT[kind][0]}/ltx-{label}-tiny-{kind}.safetensors"
 
-    Returns the checkpoint, the text encoder folder, a LoRA and a spatial x2 upsampler. Raises ValueError for another
-    version.
+
+def write_tiny_set(root: Path, label: str = "2.3", layout: str | None = None) -> list[Path]:
+    """Write what a two-stage recipe needs for one version below the model folder ``root``.
+
+    layout: ``full`` for one checkpoint, ``split`` for one file a component, as ``write_tiny_split`` makes them; None as
+    the version was released. Returns these, the text encoder, a LoRA and a spatial x2 upsampler. Raises ValueError for
+    another version or layout.
     """
-    if label not in ("2.0", "2.3"):
-        raise ValueError(f"there is no tiny set of version {label!r}; choose 2.0 or 2.3")
-    kind = f"{label}-spatial-x2"
-    files = [
-        root / "checkpoints" / checkpoint_file(label),
-        root / "text_encoders" / TEXT_ENCODER,
-        root / "loras" / f"ltx-{label}-lora-tiny.safetensors",
-        root / "latent_upscale_models" / upsampler_file(kind),
-    ]
-    checkpoint, encoder, lora, upsampler = files
-    write_tiny_checkpoint(checkpoint, label)
-    write_tiny_gemma(encoder, hidden_size=_GEMMA_WIDTH, num_layers=_GEMMA_LAYERS)
-    write_tiny_lora(lora, checkpoint)
+    if label not in LABELS:
+        raise ValueError(f"there is no tiny set of version {label!r}; choose {', '.join(LABELS)}")
+    layouts = LAYOUTS if label != _SPLIT_ONLY else ("split",)
+    layout = layout or layouts[0]
+    if layout not in layouts:
+        raise ValueError(f"there is no layout {layout!r} of version {label}; choose {' or '.join(layouts)}")
+    if layout == "split":
+        model = write_tiny_split(root, label)
+    else:
+        model = [root / "checkpoints" / checkpoint_file(label)]
+        write_tiny_checkpoint(model[0], label)
+    encoder = root / "text_encoders" / (BUNDLE if label == _SPLIT_ONLY else TEXT_ENCODER)
+    encoder.parent.mkdir(parents=True, exist_ok=True)
+    if label == _SPLIT_ONLY:
+        write_tiny_gemma4(encoder, hidden_size=_GEMMA_WIDTH, num_layers=_GEMMA_LAYERS)
+    else:
+        write_tiny_gemma(encoder, hidden_size=_GEMMA_WIDTH, num_layers=_GEMMA_LAYERS)
+    lora = root / "loras" / f"ltx-{label}-lora-tiny.safetensors"
+    write_tiny_lora(lora, model[0])
+    kind = "2.0-spatial-x2" if label == "2.0" else "2.3-spatial-x2"
+    upsampler = root / "latent_upscale_models" / upsampler_file(kind)
     write_tiny_upsampler(upsampler, kind, _LATENT_CHANNELS)
-    return files
+    return [*model, encoder, lora, upsampler]
 
 
 def write_tiny_checkpoint(path: Path, label: str, seed: int = 0) -> None:
     """Write one checkpoint: a whole model for 2.0 and 2.3, the transformer file with its connectors for 2.5."""
+    tensors, config = tiny_model(label, seed)
+    if label == "2.5":
+        _write_part(path, "transformer", label, tensors, config)
+    else:
+        _write(path, label, tensors, config)
+
+
+def write_tiny_split(root: Path, label: str, seed: int = 0) -> list[Path]:
+    """Write the model of ``write_tiny_checkpoint`` as one file a component below the model folder ``root``.
+
+    The weights are the same, bit for bit. Returns transformer (with connectors), video VAE, audio VAE (with vocoder) and,
+    except for 2.5, text projection.
+    """
+    tensors, config = tiny_model(label, seed)
+    kinds = [kind for kind in _SPLIT if (label, kind) != (_SPLIT_ONLY, "text-projection")]
+    paths = {kind: root / split_file(label, kind) for kind in kinds}
+    for kind, path in paths.items():
+        _write_part(path, kind, label, tensors, config)
+    return list(paths.values())
+
+
+def tiny_model(label: str, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a whole tiny model by their checkpoint names, and its configuration."""
     config = tiny_config(label)
-    networks = NETWORKS if label != "2.5" else ("transformer", "text_head")
     model = ModelConfig.from_config(config, _GEMMA_LAYERS + 1, ())
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for network in networks:
+    for network in NETWORKS:
         for name, empty in build_on_meta(network, model).state_dict().items():
             key = checkpoint_name(network, name)
-            if label == "2.5" and key.startswith("text_embedding_projection."):
-                continue  # 2.5 keeps the projections with the text encoder
             if key not in tensors:
                 tensors[key] = _fill(key, tuple(empty.shape), model, generator)
-    if label == "2.5":
-        config = {"transformer": config["transformer"]}
-    metadata = {"config": json.dumps(config), "model_version": f"{label}.0"}
+    return tensors, config
+
+
+def _write_part(path: Path, kind: str, label: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    _, parts, sections = _SPLIT[kind]
+    held = {name: tensor for name, tensor in tensors.items() if part_of(name) in parts}
+    _write(path, label, held, {section: config[section] for section in sections})
+
+
+def _write(path: Path, label: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"model_version": f"{label}.0"}
+    if config:
+        metadata["config"] = json.dumps(config)
+    if label == _SPLIT_ONLY and "transformer" in config:
+        metadata["gemma_source_checkpoint"] = json.dumps({"ltx_version": f"{label}.0", "gemma_version": GEMMA4_VERSION})
     write_checkpoint(path, tensors, metadata)
 
 

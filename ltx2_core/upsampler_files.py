@@ -10,6 +10,8 @@ import torch
 from .config.fields import ConfigError
 from .config.upsampler import UpsamplerConfig
 from .config.version import ModelVersion
+from .file_kinds import UPSAMPLER
+from .fits import latent_space, what_fits
 from .loading.build import check
 from .loading.checkpoint import Checkpoint, CheckpointError, read_header
 from .vae.upsampler import LatentUpsampler
@@ -42,6 +44,16 @@ def read_upsampler(path: Path) -> tuple[Checkpoint, UpsamplerConfig]:
     except ConfigError as error:
         raise ConfigError(f"{checkpoint.path}: {error}") from error
     check(build_upsampler(config), checkpoint, "upsampler")
+    return checkpoint, config
+
+
+def read_fitting_upsampler(
+    path: Path, latent_channels: int, model_version_label: str
+) -> tuple[Checkpoint, UpsamplerConfig]:
+    """``read_upsampler`` and ``check_fits`` in one."""
+    checkpoint, config = read_upsampler(path)
+    stated = ModelVersion.from_metadata(checkpoint.metadata)
+    check_fits(config, latent_channels, model_version_label, path.name, stated)
     return checkpoint, config
 
 
@@ -79,21 +91,8 @@ def check_fits(
         return
     model = ModelVersion.parse(model_version_label)
     assert model is not None, model_version_label
-    if _latent_space(stated) != _latent_space(model):
+    if latent_space(stated) != latent_space(model):
         raise ConfigError(
             f"{file_name}: this upsampler is for LTX-{stated.label}, but the model is LTX-{model_version_label}: "
-            f"choose {_upsamplers_for(model)}"
+            f"choose {what_fits(UPSAMPLER, model)}"
         )
-
-
-def _latent_space(version: ModelVersion) -> str:
-    """Versions that share their latents, and so their upsamplers, give the same."""
-    if version.at_least(2, 3):
-        return "2.3"
-    return "2.0" if version.at_least(2) else version.label
-
-
-def _upsamplers_for(model: ModelVersion) -> str:
-    if _latent_space(model) == "2.3":
-        return "one of LTX-2.3 or 2.5 (ltx-2.3-spatial-upscaler-*, ltx-2.3-temporal-upscaler-*)"
-    return "the one of LTX-2.0 (ltx-2-spatial-upscaler-*)"

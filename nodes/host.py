@@ -13,7 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ltx2_core.host import HostOutOfMemory, PreviewSpec, Resident, SavedFile, set_default_host
-from ..ltx2_core.paths import KIND_FOLDERS, MODEL_SUFFIXES, PathError, check_relative, find_inside, is_inside
+from ..ltx2_core.paths import (
+    GGUF_KINDS,
+    GGUF_SUFFIX,
+    KIND_FOLDERS,
+    MODEL_SUFFIXES,
+    PathError,
+    check_model_file,
+    check_relative,
+    check_text_encoder,
+    find_files,
+    find_inside,
+    is_inside,
+    text_encoder_names,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,35 +126,37 @@ class ComfyHost:
         return torch.inference_mode()
 
     def list_models(self, kind: str) -> list[str]:
-        """Relative names of the weight files of ``kind``, sub-folders included, from ComfyUI's cached lists."""
+        """Relative names of the weight files of ``kind``, sub-folders included, from ComfyUI's cached lists.
+
+        GGUF files are in none of these lists, whatever the folder: they are looked for.
+        """
         import folder_paths
 
-        _folders(kind)
-        names = (name.replace("\\", "/") for name in folder_paths.get_filename_list(kind))
-        return sorted((name for name in names if name.lower().endswith(MODEL_SUFFIXES)), key=str.casefold)
+        folders = _folders(kind)
+        listed = (name.replace("\\", "/") for name in folder_paths.get_filename_list(kind))
+        names = {name for name in listed if name.lower().endswith(MODEL_SUFFIXES)}
+        if kind in GGUF_KINDS:
+            try:
+                names |= find_files(folders, _allowed_folders(), (GGUF_SUFFIX,))
+            except PathError as error:  # a list without them is better than none
+                self.log.warning("GGUF files of models/%s are not listed: %s", kind, error)
+        return sorted(names, key=str.casefold)
 
     def list_text_encoders(self) -> list[str]:
-        """Relative names of the folders of listed weight files that hold a ``config.json``."""
-        parents = {name.rpartition("/")[0] for name in self.list_models("text_encoders")} - {""}
-        folders = _folders("text_encoders")
-        found = (p for p in parents if any((folder / p / "config.json").is_file() for folder in folders))
-        return sorted(found, key=str.casefold)
+        """Relative names of the text encoder folders, and of the text encoder files that lie in none."""
+        names = text_encoder_names(self.list_models("text_encoders"), _folders("text_encoders"))
+        return sorted(names, key=str.casefold)
 
     def resolve_model(self, kind: str, name: str) -> Path:
         """The weight file ``name``. Raises ``PathError`` when it is absent, of another type, or out of bounds."""
-        what = f"{kind} file"
-        path = find_inside(_folders(kind), _allowed_folders(), name, what, self.list_models(kind))
-        if path.suffix.lower() not in MODEL_SUFFIXES or not path.is_file():
-            raise PathError(f"{what} {name!r} is not a file ending in {' or '.join(MODEL_SUFFIXES)}")
-        return path
+        path = find_inside(_folders(kind), _allowed_folders(), name, f"{kind} file", self.list_models(kind))
+        return check_model_file(path, kind, name)
 
     def resolve_text_encoder(self, name: str) -> Path:
-        """The text encoder folder ``name``."""
+        """The text encoder folder or file ``name``. Raises ``PathError`` as ``resolve_model`` does."""
         folders = _folders("text_encoders")
-        path = find_inside(folders, _allowed_folders(), name, "text encoder folder", self.list_text_encoders())
-        if not (path / "config.json").is_file():
-            raise PathError(f"text encoder folder {name!r} holds no config.json")
-        return path
+        path = find_inside(folders, _allowed_folders(), name, "text encoder", self.list_text_encoders())
+        return check_text_encoder(path, name)
 
     def input_path(self, name: str) -> Path:
         """The existing file ``name`` of the input folder; ``name [output]`` and ``name [temp]`` name other folders."""

@@ -7,16 +7,23 @@ from ..ltx2_core.model_spec import DTYPES, ModelSpec
 from . import links
 from .fields import COMBO
 
+FROM_CHECKPOINT = "from the checkpoint"
+
+# input -> the model folders whose files it offers
+_CHECKPOINT = ("checkpoints", "diffusion_models")
+_VAE = ("vae", "checkpoints")
+_TEXT_PROJECTION = ("text_encoders", "checkpoints")
+
 
 class LTX2LoadModel:
     """Names the files of a model and checks that they belong together. Weights are read when they are first used."""
 
     CATEGORY = "LTX-2 Engine/loading"
     DESCRIPTION = (
-        "Opens an LTX-2 checkpoint (2.0 or 2.3) with its Gemma 3 text encoder. Headers are checked at once; weights are "
-        "read when they are first used."
+        "Opens an LTX-2 model: one full checkpoint, or a transformer file with files of its VAEs and text projection, and a "
+        "text encoder. Headers are checked at once, all together; weights are read when they are first used."
     )
-    SEARCH_ALIASES = ["ltx", "ltxv", "checkpoint", "load ltx-2"]
+    SEARCH_ALIASES = ["ltx", "ltxv", "checkpoint", "load ltx-2", "diffusion model", "unet", "gguf"]
     FUNCTION = "execute"
     RETURN_TYPES = (links.MODEL,)
     RETURN_NAMES = ("model",)
@@ -24,15 +31,18 @@ class LTX2LoadModel:
 
     @classmethod
     def INPUT_TYPES(cls):
+        vaes = [FROM_CHECKPOINT, *_listed(_VAE)]
         return {
             "required": {
                 "checkpoint": COMBO(
-                    host().list_models("checkpoints"),
-                    "The full LTX-2 checkpoint in models/checkpoints: transformer, VAEs and vocoder in one file.",
+                    _listed(_CHECKPOINT),
+                    "The full LTX-2 checkpoint in models/checkpoints, or a transformer file in models/diffusion_models "
+                    "(then choose the VAEs and the text projection below).",
                 ),
                 "text_encoder": COMBO(
                     host().list_text_encoders(),
-                    "The Gemma 3 folder in models/text_encoders, with config.json, weights and tokenizer.",
+                    "The text encoder in models/text_encoders: Gemma 3 as a folder, a single file or a GGUF file, or the Gemma "
+                    "4 file of LTX-2.5.",
                 ),
             },
             "optional": {
@@ -47,25 +57,80 @@ class LTX2LoadModel:
                     "Where the model runs. auto is the host's choice, usually the first GPU.",
                     advanced=True,
                 ),
+                "video_vae": COMBO(
+                    vaes,
+                    "The file of the video VAE, in models/vae, for a checkpoint that holds none. A full checkpoint's VAE can "
+                    "be taken too.",
+                    advanced=True,
+                ),
+                "audio_vae": COMBO(
+                    vaes,
+                    "The file of the audio VAE and vocoder, in models/vae, for a checkpoint that holds none. Those of a full "
+                    "checkpoint can be taken too.",
+                    advanced=True,
+                ),
+                "text_projection": COMBO(
+                    [FROM_CHECKPOINT, *_listed(_TEXT_PROJECTION)],
+                    "The file of the text projection, in models/text_encoders, for a checkpoint that holds none; that of a "
+                    "full checkpoint can be taken too. A text encoder file of LTX-2.5 brings its own.",
+                    advanced=True,
+                ),
             },
         }
 
     @classmethod
-    def IS_CHANGED(cls, checkpoint, text_encoder, dtype="auto", device="auto"):
-        return str(cls._spec(checkpoint, text_encoder, dtype, device))
+    def IS_CHANGED(
+        cls,
+        checkpoint,
+        text_encoder,
+        dtype="auto",
+        device="auto",
+        video_vae=FROM_CHECKPOINT,
+        audio_vae=FROM_CHECKPOINT,
+        text_projection=FROM_CHECKPOINT,
+    ):
+        return str(_spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection))
 
     @classmethod
-    def execute(cls, checkpoint, text_encoder, dtype="auto", device="auto"):
+    def execute(
+        cls,
+        checkpoint,
+        text_encoder,
+        dtype="auto",
+        device="auto",
+        video_vae=FROM_CHECKPOINT,
+        audio_vae=FROM_CHECKPOINT,
+        text_projection=FROM_CHECKPOINT,
+    ):
         from ..ltx2_core.engine import ModelHandle, open_engine
 
-        spec = cls._spec(checkpoint, text_encoder, dtype, device)
+        spec = _spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection)
         return (ModelHandle(spec, open_engine(spec)),)
 
-    @staticmethod
-    def _spec(checkpoint, text_encoder, dtype, device):
-        return ModelSpec.of(
-            host().resolve_model("checkpoints", checkpoint),
-            host().resolve_text_encoder(text_encoder),
-            dtype=dtype,
-            device=host().default_device() if device == "auto" else device,
-        )
+
+def _spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection):
+    return ModelSpec.of(
+        _resolved(_CHECKPOINT, checkpoint),
+        host().resolve_text_encoder(text_encoder),
+        dtype=dtype,
+        device=host().default_device() if device == "auto" else device,
+        video_vae=_component(_VAE, video_vae),
+        audio_vae=_component(_VAE, audio_vae),
+        text_projection=_component(_TEXT_PROJECTION, text_projection),
+    )
+
+
+def _listed(kinds):
+    """Names of the files of several model folders; a name that stands in two of them means the first."""
+    shards = {f"{folder}/" for folder in host().list_text_encoders()}
+    names = [name for kind in kinds for name in host().list_models(kind)]
+    return list(dict.fromkeys(name for name in names if not any(name.startswith(folder) for folder in shards)))
+
+
+def _resolved(kinds, name):
+    kind = next((kind for kind in kinds if name in host().list_models(kind)), kinds[0])
+    return host().resolve_model(kind, name)
+
+
+def _component(kinds, name):
+    return None if name == FROM_CHECKPOINT else _resolved(kinds, name)

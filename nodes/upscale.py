@@ -26,13 +26,23 @@ class LTX2UpscaleLatent:
         return {
             "required": {
                 "model": LINK(links.MODEL, "The model that sampled the latent."),
-                "latent": LINK(links.LATENT, "The sampled latent."),
+                "latent": LINK(links.LATENT, "The sampled latent.", lazy=True),
                 "upsampler": COMBO(
                     host().list_models("latent_upscale_models"),
                     "The upsampler in models/latent_upscale_models, of the model's version.",
                 ),
             }
         }
+
+    @classmethod
+    def check_lazy_status(cls, model, upsampler, latent=None):
+        """Refuse an upsampler that does not fit before the latent is sampled."""
+        from ..ltx2_core.upsampler_files import read_fitting_upsampler
+
+        files = model.engine.files
+        path = host().resolve_model("latent_upscale_models", upsampler)
+        read_fitting_upsampler(path, files.config.video_vae.latent_channels, files.version.label)
+        return ["latent"]
 
     @classmethod
     def execute(cls, model, latent, upsampler):

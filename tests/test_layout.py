@@ -21,6 +21,9 @@ BASE = {
     f"ltx2_core.{name}" for name in ("av", "config", "host", "model_spec", "paths", "presets", "shapes", "standalone")
 }
 
+# what reads the headers of weight files
+HEADERS = {f"ltx2_core.loading.{name}" for name in ("checkpoint", "gguf", "weights")}
+
 # the longest entry that contains a file says from which units of the pack it may import, beside its own
 MAY_IMPORT = {
     "kernels": set(),
@@ -30,7 +33,7 @@ MAY_IMPORT = {
     "ltx2_core.loading": BASE | {"kernels"},
     "ltx2_core.media": BASE,
     "ltx2_core.sampling": BASE | {"kernels", "ltx2_core.conditioning.state"},
-    "ltx2_core.text": BASE | {"kernels", "ltx2_core.loading.write"},
+    "ltx2_core.text": BASE | HEADERS | {"kernels", "ltx2_core.loading.write"},
     "ltx2_core.transformer": BASE | {"kernels"},
     "ltx2_core.vae": BASE | {"kernels"},
     "nodes": {"ltx2_core"},

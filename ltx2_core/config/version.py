@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 TRANSFORMER_PREFIX = "model.diffusion_model."
@@ -10,6 +10,7 @@ TRANSFORMER_PREFIX = "model.diffusion_model."
 _FAMILY_MARK = "audio_adaln_single.linear.weight"
 
 _LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".hada_w1_", ".lokr_w1")
+_LORA_ENDS = (".diff", ".diff_b", ".set_weight")
 
 # (any of these names starts a tensor's name, what the file then is), most telling first
 _LOOKS = (
@@ -78,7 +79,7 @@ def recognise(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) 
     Raises VersionError, saying what the file looks like, for anything but a file of an LTX-2 audio-video model.
     """
     stated = ModelVersion.from_metadata(metadata)
-    if not _is_lora(shapes):
+    if not is_lora(shapes):
         if stated is not None and stated.at_least(2):
             return stated
         bare = _bare(shapes)
@@ -91,7 +92,7 @@ def looks_like(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]])
     """A phrase for messages: "an LTX-2 checkpoint of version 2.3", "a LoRA ...", "a Gemma text encoder", ..."""
     if not shapes:
         return "an empty file"
-    if _is_lora(shapes):
+    if is_lora(shapes):
         return "a LoRA (weight differences, to be added to a model)"
     bare = _bare(shapes)
     stated = ModelVersion.from_metadata(metadata)
@@ -107,13 +108,18 @@ def looks_like(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]])
     return f"an unknown kind of model{release} with tensors such as {', '.join(repr(n[:80]) for n in list(bare)[:3])}"
 
 
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are changes of weights rather than weights."""
+    return any(name.endswith(_LORA_ENDS) or any(mark in name for mark in _LORA_MARKS) for name in names)
+
+
 def layout(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> str | None:
     """The label of the released configuration that fits a file's tensors; None when none is known to.
 
-    Other than ``recognise`` it also knows files that hold a convolutional video VAE or an audio VAE alone. Releases
-    2.3 and 2.5 share those layouts, so "2.3" may stand for either.
+    Other than ``recognise`` it also knows files that hold a convolutional video VAE, an audio VAE or a text projection
+    alone. Releases 2.3 and 2.5 share those layouts, so "2.3" may stand for either.
     """
-    if _is_lora(shapes):
+    if is_lora(shapes):
         return None
     if _FAMILY_MARK in _bare(shapes):
         return recognise(metadata, shapes).label
@@ -125,15 +131,15 @@ def layout(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> 
     if "vocoder.resblocks.0.convs1.0.weight" in bare:
         return "2.0"
     deepest = bare.get("encoder.down_blocks.8.res_blocks.0.conv1.conv.weight")
-    return {2048: "2.0", 1024: "2.3"}.get(deepest[0]) if deepest else None
+    if deepest:
+        return {2048: "2.0", 1024: "2.3"}.get(deepest[0])
+    if "text_embedding_projection.video_aggregate_embed.weight" in bare:
+        return "2.3"
+    return "2.0" if "text_embedding_projection.aggregate_embed.weight" in bare else None
 
 
 def _bare(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix(TRANSFORMER_PREFIX): tuple(shape) for name, shape in shapes.items()}
-
-
-def _is_lora(shapes: Mapping[str, Sequence[int]]) -> bool:
-    return any(mark in name for name in shapes for mark in _LORA_MARKS)
 
 
 def _transformer_release(bare: Mapping[str, tuple[int, ...]]) -> ModelVersion:

@@ -1,7 +1,7 @@
-"""Safetensors files: a reader that believes nothing the header says before it has checked it.
+"""Weight files: a reader that believes nothing the header says before it has checked it.
 
-Format: https://github.com/huggingface/safetensors, section "Format". Files are read, never mapped: a mapped file that
-is cut short while in use ends the process.
+Format of safetensors: https://github.com/huggingface/safetensors, section "Format"; GGUF headers are read in gguf.py.
+Files are read, never mapped: a mapped file that is cut short while in use ends the process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -27,7 +26,9 @@ from ..config.version import ModelVersion, VersionError, layout, looks_like, rec
 
 log = logging.getLogger("ltx2")
 
-SUFFIXES = (".safetensors", ".sft")
+SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
+GGUF_SUFFIX = ".gguf"
+SUFFIXES = (*SAFETENSORS_SUFFIXES, GGUF_SUFFIX)
 
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_TENSORS = 200_000
@@ -36,8 +37,6 @@ _MAX_BRACKETS = 3 * _MAX_TENSORS + 1_000_000
 _MAX_DIMENSIONS = 16
 _MAX_ELEMENTS = 2**48
 _MAX_CONFIG_CHARACTERS = 1_000_000
-# small enough that progress moves and an interrupt takes effect within a second on a slow disk
-_SLICE_BYTES = 32 * 1024 * 1024
 
 # name in the file -> (torch's name, bytes per element)
 _DTYPES = {
@@ -71,7 +70,10 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file. begin and end are offsets in bytes from the start of the file."""
+    """One tensor of a file. begin and end are offsets in bytes from the start of the file.
+
+    dtype: safetensors' name of it, or one of GGUF's block formats ("Q4_K"), whose shape is that of the unpacked tensor.
+    """
 
     name: str
     dtype: str
@@ -83,12 +85,23 @@ class TensorInfo:
     def size_bytes(self) -> int:
         return self.end - self.begin
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype that the tensor has when it is read: uint8 for blocks and for types that this torch lacks."""
+        return getattr(torch, _DTYPES.get(self.dtype, ("uint8",))[0], torch.uint8)
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """The shape that the tensor has when it is read: (size in bytes,) for blocks and for types that torch lacks."""
+        return self.shape if hasattr(torch, _DTYPES.get(self.dtype, ("",))[0]) else (self.size_bytes,)
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The checked header of a safetensors file. Holds no tensor data and no open file.
+    """The checked header of a weight file. Holds no tensor data and no open file.
 
-    tensors: name -> TensorInfo, in the order of the file.
+    metadata: the file's strings; of a GGUF file its numbers too, as text. tensors: name -> TensorInfo, in the order of
+    the file; those of a GGUF file under the names of the released checkpoints.
     """
 
     path: Path
@@ -104,7 +117,13 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: info.shape for name, info in self.tensors.items()}
+        """Logical name -> logical shape: a packed weight counts once, unpacked.
+
+        Raises CheckpointError when the parts of a packed weight do not belong together.
+        """
+        from .weights import weights_of  # that file needs this one
+
+        return {name: weight.shape for name, weight in weights_of(self).items()}
 
     def version(self) -> ModelVersion:
         """The release that the file belongs to; CheckpointError when it is no LTX-2 checkpoint."""
@@ -115,7 +134,11 @@ class Checkpoint:
 
     def looks_like(self) -> str:
         """What the file seems to be, as a phrase for messages."""
-        return looks_like(self.metadata, self.shapes)
+        try:
+            shapes = self.shapes
+        except CheckpointError:
+            shapes = {name: info.shape for name, info in self.tensors.items()}
+        return looks_like(self.metadata, shapes)
 
     def config(self) -> dict[str, Any]:
         """The configuration in the file's metadata, or the released one of its version when it carries none.
@@ -129,7 +152,7 @@ class Checkpoint:
         if len(text) > _MAX_CONFIG_CHARACTERS:
             raise _error(self.path, f"its config has {len(text)} characters (allowed {_MAX_CONFIG_CHARACTERS})", _AGAIN)
         try:
-            config = _parse_json(text, parse_float=float)
+            config = parse_json(text, parse_float=float)
         except (ValueError, RecursionError) as error:
             raise _error(self.path, f"the config in its metadata is not valid JSON ({error})", _AGAIN) from error
         if not isinstance(config, dict):
@@ -153,32 +176,28 @@ class Checkpoint:
 
 
 def read_header(path: Path) -> Checkpoint:
-    """Read and check the header of a safetensors file; no tensor data is read.
+    """Read and check the header of a safetensors or GGUF file; no tensor data is read.
 
     Raises CheckpointError that names the file, the tensor, what was found, what is allowed and what to do.
     """
+    from .gguf import read_gguf  # that file needs this one
+
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise _error(path, f"the name ends in {path.suffix!r}", f"weights must be {' or '.join(SUFFIXES)} files")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise _error(path, f"the name ends in {path.suffix!r}", f"weights must be {', '.join(SUFFIXES)} files")
     try:
         # checked before opening: opening a pipe would wait for its writer
         if not stat.S_ISREG(path.stat().st_mode):
-            raise _error(path, "this is not a regular file", "choose a safetensors file")
+            raise _error(path, "this is not a regular file", "choose a file with weights")
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
-            raw = _header_bytes(file, path, status.st_size)
+            read = read_gguf if suffix == GGUF_SUFFIX else _read_safetensors
+            metadata, tensors = read(file, path, status.st_size)
     except OSError as error:
         raise _error(
             path, f"the file cannot be read ({error.strerror or error})", "check its name and rights"
         ) from error
-    header = _parse_header(raw, path)
-    metadata = _check_metadata(header.pop("__metadata__", {}), path)
-    if len(header) > _MAX_TENSORS:
-        raise _error(path, f"the header lists {len(header)} tensors (allowed {_MAX_TENSORS})", _NOT_SAFETENSORS)
-    data_start = 8 + len(raw)
-    tensors = [_check_entry(name, entry, data_start, path) for name, entry in header.items()]
-    tensors.sort(key=lambda info: (info.begin, info.end))
-    _check_coverage(tensors, data_start, status.st_size, path)
     return Checkpoint(
         path=path,
         metadata=MappingProxyType(metadata),
@@ -198,16 +217,21 @@ def read_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Read tensors one after another, in the order of the file, each into fresh memory on ``device``.
 
-    dtype: what F64, F32, F16 and BF16 tensors are cast to; other tensors stay as stored. None keeps every tensor.
+    dtype: what F64, F32, F16 and BF16 tensors are cast to; other tensors stay as stored. None keeps every tensor; one in
+    blocks of GGUF comes as uint8 [size in bytes].
     on_bytes: called with the number of bytes read since its last call; what it raises ends the reading.
-    Raises CheckpointError at once for a name that the file lacks and, given a dtype, for FP8 tensors; while reading for
-    a file that ends early or was changed since its header was read.
+    Raises CheckpointError at once for a name that the file lacks and, given a dtype, for FP8 and GGUF blocks; while
+    reading for a file that ends early or was changed since its header was read.
     """
     infos = sorted({_info(checkpoint, name) for name in names}, key=lambda info: (info.begin, info.end))
     for info in infos:
-        if dtype is not None and info.dtype.startswith("F8_"):
+        known = _DTYPES.get(info.dtype)
+        if dtype is not None and (known is None or info.dtype.startswith("F8_")):
             raise quantised_error(checkpoint, info)
-    return _read_tensors(checkpoint, infos, torch.device(device), dtype, on_bytes or _ignore)
+        if known is not None and not hasattr(torch, known[0]):
+            problem = f"tensor {_shown(info.name)} is {info.dtype}"
+            raise _error(checkpoint.path, problem, f"torch lacks {known[0]}: update it")
+    return _read_tensors(checkpoint, infos, torch.device(device), dtype, on_bytes)
 
 
 def quantised_error(checkpoint: Checkpoint, info: TensorInfo) -> CheckpointError:
@@ -224,43 +248,16 @@ def _read_tensors(
     infos: list[TensorInfo],
     device: torch.device,
     dtype: torch.dtype | None,
-    on_bytes: Callable[[int], None],
+    on_bytes: Callable[[int], None] | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with checkpoint.path.open("rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            if (status.st_size, status.st_mtime_ns) != (checkpoint.size_bytes, checkpoint.mtime_ns):
-                raise _error(checkpoint.path, "the file was changed after its header was read", "load the model again")
-            for info in infos:
-                # normal tensors even when the caller infers: inference tensors cannot be updated in place later
-                with torch.inference_mode(False):
-                    tensor = _read_tensor(file, checkpoint, info, on_bytes).to(device)
-                    if dtype is not None and info.dtype in FLOAT_DTYPES:
-                        tensor = tensor.to(dtype)
-                yield info.name, tensor
-    except OSError as error:
-        raise _error(checkpoint.path, f"reading failed ({error.strerror or error})", "check the disk") from error
+    from .staged import Request, read_staged  # that file needs this one
 
-
-def _read_tensor(file: FileIO, checkpoint: Checkpoint, info: TensorInfo, on_bytes: Callable[[int], None]) -> Tensor:
-    torch_name = _DTYPES[info.dtype][0]
-    torch_dtype = getattr(torch, torch_name, None)
-    if torch_dtype is None:
-        raise _error(
-            checkpoint.path, f"tensor {_shown(info.name)} is {info.dtype}", f"torch lacks {torch_name}: update it"
-        )
-    data = torch.empty(info.size_bytes, dtype=torch.uint8)
-    buffer = data.numpy().data
-    file.seek(info.begin)
-    done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done : done + _SLICE_BYTES])
-        if not count:
-            problem = f"the file ends {len(buffer) - done} bytes before the end of tensor {_shown(info.name)}"
-            raise _error(checkpoint.path, problem, "it was cut short after its header was read: " + _AGAIN)
-        done += count
-        on_bytes(count)
-    return data.view(torch_dtype).reshape(info.shape)
+    requests = (Request(checkpoint, info) for info in infos)
+    for request, tensor in read_staged(requests, device=device, on_bytes=on_bytes):
+        if dtype is not None and request.info.dtype in FLOAT_DTYPES:
+            with torch.inference_mode(False):
+                tensor = tensor.to(dtype)
+        yield request.info.name, tensor
 
 
 def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:
@@ -269,20 +266,30 @@ def _info(checkpoint: Checkpoint, name: str) -> TensorInfo:
     return checkpoint.tensors[name]
 
 
-def _ignore(count: int) -> None:
-    pass
+def _read_safetensors(file: BinaryIO, path: Path, size: int) -> tuple[dict[str, str], list[TensorInfo]]:
+    """Metadata, and the tensors in the order of the file."""
+    raw = _header_bytes(file, path, size)
+    header = _parse_header(raw, path)
+    metadata = _check_metadata(header.pop("__metadata__", {}), path)
+    if len(header) > _MAX_TENSORS:
+        raise _error(path, f"the header lists {len(header)} tensors (allowed {_MAX_TENSORS})", _NOT_SAFETENSORS)
+    data_start = 8 + len(raw)
+    tensors = [_check_entry(name, entry, data_start, path) for name, entry in header.items()]
+    tensors.sort(key=lambda info: (info.begin, info.end))
+    _check_coverage(tensors, data_start, size, path)
+    return metadata, tensors
 
 
 def _header_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
     prefix = file.read(512)
     if len(prefix) <= 8:
         problem = "the file is empty" if not prefix else f"the file has only {len(prefix)} bytes"
-        raise _error(path, problem, f"{_disguise(prefix) or 'the download is incomplete'}; {_AGAIN}")
+        raise _error(path, problem, f"{disguise(prefix) or 'the download is incomplete'}; {_AGAIN}")
     length = int.from_bytes(prefix[:8], "little")
     # a disguise is looked for only where the header is impossible: a good length may begin with any byte
     if length > _MAX_HEADER_BYTES or not prefix[8:].startswith(b"{"):
         found = f"the header would have {length} bytes (allowed {_MAX_HEADER_BYTES}) and must begin with a brace"
-        raise _error(path, found, _disguise(prefix) or _NOT_SAFETENSORS)
+        raise _error(path, found, disguise(prefix) or _NOT_SAFETENSORS)
     if 8 + length > size:
         raise _truncated(path, size, 8 + length)
     file.seek(8)
@@ -292,13 +299,13 @@ def _header_bytes(file: BinaryIO, path: Path, size: int) -> bytes:
     return raw
 
 
-def _disguise(prefix: bytes) -> str | None:
-    """What a file that is no safetensors file really is, and what to do about it."""
+def disguise(prefix: bytes) -> str | None:
+    """What a file whose first bytes are not those of its format really is, and what to do about it."""
     text = prefix.lstrip().lower()
     if prefix.startswith(b"PK") or (prefix[:1] == b"\x80" and prefix[1:2] <= b"\x05"):
         return "this is a PyTorch pickle (.ckpt/.pt) with another name; use the .safetensors release"
     if prefix.startswith(b"GGUF"):
-        return "this is a GGUF file with another name; use the .safetensors release"
+        return "this is a GGUF file with another name; rename it to end in .gguf"
     if text.startswith(b"version https://git-lfs"):
         return "this is a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -313,7 +320,7 @@ def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
     if brackets > _MAX_BRACKETS:
         raise _error(path, f"the header has {brackets} brackets (allowed {_MAX_BRACKETS})", _NOT_SAFETENSORS)
     try:
-        header = _parse_json(raw.decode("utf-8"), parse_float=_refuse)
+        header = parse_json(raw.decode("utf-8"), parse_float=_refuse)
     except (ValueError, RecursionError) as error:
         raise _error(path, f"the header is not valid JSON ({str(error)[:200]})", _NOT_SAFETENSORS) from error
     if not isinstance(header, dict):
@@ -321,7 +328,7 @@ def _parse_header(raw: bytes, path: Path) -> dict[str, Any]:
     return header
 
 
-def _parse_json(text: str, parse_float: Callable[[str], Any]) -> Any:
+def parse_json(text: str, parse_float: Callable[[str], Any]) -> Any:
     return json.loads(
         text, object_pairs_hook=_unique, parse_int=_integer, parse_float=parse_float, parse_constant=_refuse
     )

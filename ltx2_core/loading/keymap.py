@@ -32,7 +32,7 @@ COMPONENTS: dict[str, tuple[tuple[str, str], ...]] = {
 
 # under the transformer's prefix, but parts of other components
 _NOT_TRANSFORMER = (*(prefix for prefix, _ in _CONNECTORS), _TRANSFORMER + "duration_head.")
-# split files hold the video VAE with or without its prefix
+# split files hold the transformer and the video VAE with or without their prefixes
 _BARE_VAE = ("encoder.", "decoder.", "per_channel_statistics.")
 # older files carry further statistics that nothing uses
 _STATISTICS = ("mean-of-means", "std-of-means")
@@ -63,6 +63,7 @@ _BLOCK = {
     "scale_shift_table_a2v_ca_video": "video.cross_scale_shift_table",
     "scale_shift_table_a2v_ca_audio": "audio.cross_scale_shift_table",
 }
+_BARE_TRANSFORMER = {*_TOP, "transformer_blocks", "video_embeddings_connector", "audio_embeddings_connector"}
 _TOP_BACK = {ours: name for name, ours in _TOP.items()}
 _BLOCK_BACK = {ours: name for name, ours in _BLOCK.items()}
 
@@ -79,9 +80,7 @@ def module_names(component: str, checkpoint_names: Iterable[str]) -> dict[str, s
 
 def module_name(component: str, name: str) -> str | None:
     """The name in the component's module of one tensor of a checkpoint; None when it belongs to something else."""
-    full = name
-    if component in ("video_encoder", "video_decoder") and name.startswith(_BARE_VAE):
-        full = "vae." + name
+    full = _prefixed(component, name)
     for prefix, ours in COMPONENTS[component]:
         if not full.startswith(prefix):
             continue
@@ -92,6 +91,14 @@ def module_name(component: str, name: str) -> str | None:
             return None
         return ours + rest
     return None
+
+
+def _prefixed(component: str, name: str) -> str:
+    if component in ("video_encoder", "video_decoder") and name.startswith(_BARE_VAE):
+        return "vae." + name
+    if component in ("transformer", "text_head") and name.partition(".")[0] in _BARE_TRANSFORMER:
+        return _TRANSFORMER + name
+    return name
 
 
 def checkpoint_name(component: str, name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint import SUFFIXES
+from .checkpoint import SAFETENSORS_SUFFIXES
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -20,8 +20,8 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
     that does not end in .safetensors or .sft.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: a checkpoint's name must end in {' or '.join(SUFFIXES)}")
+    if path.suffix.lower() not in SAFETENSORS_SUFFIXES:
+        raise ValueError(f"{path}: a checkpoint's name must end in {' or '.join(SAFETENSORS_SUFFIXES)}")
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, dict(metadata))

@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ltx2_engine.ltx2_core import host as host_module
+from ltx2_engine.ltx2_core import paths
 from ltx2_engine.ltx2_core.host import HostOutOfMemory, Interrupted, host, set_default_host, use_host
 from ltx2_engine.ltx2_core.paths import KIND_FOLDERS, PathError, read_extra_model_paths
 from ltx2_engine.ltx2_core.standalone import StandaloneHost
@@ -25,8 +26,11 @@ def models(tmp_path):
     for name in (
         "checkpoints/a.safetensors", "checkpoints/Sub/b.SFT", "checkpoints/c.ckpt", "checkpoints/.hidden/d.safetensors",
         "unet/u.safetensors", "diffusion_models/t.safetensors", "loras/l.safetensors",
-        "text_encoders/gemma/config.json", "text_encoders/gemma/model.safetensors", "clip/deep/er/config.json",
-        "text_encoders/config.json", "vae/v.safetensors", "latent_upscale_models/x2.safetensors",
+        "text_encoders/gemma/config.json", "text_encoders/gemma/model.safetensors", "text_encoders/gemma/g.gguf",
+        "clip/deep/er/config.json", "clip/deep/er/m1.safetensors", "clip/deep/er/m2.safetensors",
+        "clip/deep/er/sub/m.safetensors", "text_encoders/config.json", "text_encoders/single.safetensors",
+        "clip/q.GGUF", "diffusion_models/t.gguf", "loras/l.gguf", "vae/v.gguf", "checkpoints/c.gguf",
+        "vae/v.safetensors", "latent_upscale_models/x2.safetensors",
     ):  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -39,21 +43,31 @@ def models(tmp_path):
 
 def test_folders_are_comfyuis(models):
     standalone = StandaloneHost([models])
-    assert standalone.list_models("checkpoints") == ["a.safetensors", "Sub/b.SFT"]
-    assert standalone.list_models("diffusion_models") == ["t.safetensors", "u.safetensors"]
-    assert standalone.list_models("text_encoders") == ["gemma/model.safetensors"]
-    assert standalone.list_text_encoders() == ["deep/er", "gemma"]
+    assert standalone.list_models("checkpoints") == ["a.safetensors", "c.gguf", "Sub/b.SFT"]
+    assert standalone.list_models("diffusion_models") == ["t.gguf", "t.safetensors", "u.safetensors"]
+    assert standalone.list_models("vae") == ["v.safetensors"]
+    assert standalone.list_models("loras") == ["l.safetensors"]
     assert standalone.resolve_model("checkpoints", "Sub/b.SFT") == models / "checkpoints/Sub/b.SFT"
-    assert standalone.resolve_text_encoder("deep/er") == models / "clip/deep/er"
+    assert standalone.resolve_model("diffusion_models", "t.gguf") == models / "diffusion_models/t.gguf"
     with pytest.raises(ValueError, match="'hypernetworks'; there is checkpoints"):
         standalone.list_models("hypernetworks")
+
+
+def test_text_encoders_are_folders_and_files(models):
+    """A folder with a config.json stands for its shards; a GGUF in it is an encoder of its own."""
+    standalone = StandaloneHost([models])
+    listed = ["deep/er", "deep/er/sub/m.safetensors", "gemma", "gemma/g.gguf", "q.GGUF", "single.safetensors"]
+    assert standalone.list_text_encoders() == listed
+    assert standalone.resolve_text_encoder("deep/er") == models / "clip/deep/er"
+    assert standalone.resolve_text_encoder("single.safetensors") == models / "text_encoders/single.safetensors"
+    assert standalone.resolve_text_encoder("q.GGUF") == models / "clip/q.GGUF"
 
 
 def test_every_listed_name_resolves(models):
     standalone = StandaloneHost([models])
     for kind in KIND_FOLDERS:
         assert all(standalone.resolve_model(kind, name).is_file() for name in standalone.list_models(kind))
-    assert all(standalone.resolve_text_encoder(name).is_dir() for name in standalone.list_text_encoders())
+    assert all(standalone.resolve_text_encoder(name).exists() for name in standalone.list_text_encoders())
 
 
 def test_the_first_root_wins(models, tmp_path):
@@ -69,7 +83,7 @@ def test_a_missing_name_lists_near_matches(models):
     standalone = StandaloneHost([models])
     with pytest.raises(PathError, match=r"'A.safetensor' was not found. Did you mean 'a.safetensors'\?"):
         standalone.resolve_model("checkpoints", "A.safetensor")
-    with pytest.raises(PathError, match=r"'zzzzzzzzz' was not found. There is 'a.safetensors', 'Sub/b.SFT'"):
+    with pytest.raises(PathError, match=r"'zzzzzzzzz' was not found. There is 'a.safetensors', 'c.gguf', 'Sub/b.SFT'"):
         standalone.resolve_model("checkpoints", "zzzzzzzzz")
     with pytest.raises(PathError, match=r"There are none.*use --models DIR"):
         StandaloneHost().resolve_model("checkpoints", "a.safetensors")
@@ -77,12 +91,20 @@ def test_a_missing_name_lists_near_matches(models):
 
 def test_only_weight_files_and_encoder_folders_resolve(models):
     standalone = StandaloneHost([models])
-    for kind, name in (("checkpoints", "c.ckpt"), ("checkpoints", "Sub"), ("text_encoders", "gemma/config.json")):
+    for kind, name in (
+        ("checkpoints", "c.ckpt"),
+        ("checkpoints", "Sub"),
+        ("text_encoders", "gemma/config.json"),
+        ("vae", "v.gguf"),
+        ("loras", "l.gguf"),
+    ):
         with pytest.raises(PathError, match="is not a file ending in"):
             standalone.resolve_model(kind, name)
     (models / "clip" / "empty").mkdir()
     with pytest.raises(PathError, match=r"holds no config\.json"):
         standalone.resolve_text_encoder("empty")
+    with pytest.raises(PathError, match=r"is not a file ending in \.safetensors or \.sft or \.gguf"):
+        standalone.resolve_text_encoder("gemma/config.json")
 
 
 TRICKS = [
@@ -151,7 +173,7 @@ def test_links_count_by_where_they_lead(models, tmp_path):
     (tmp_path / "far" / "f.safetensors").touch()
     (folder / "far").symlink_to(tmp_path / "far")
     standalone = StandaloneHost([models])
-    assert standalone.list_models("checkpoints") == ["a.safetensors", "inside.safetensors", "Sub/b.SFT"]
+    assert standalone.list_models("checkpoints") == ["a.safetensors", "c.gguf", "inside.safetensors", "Sub/b.SFT"]
     assert standalone.resolve_model("checkpoints", "inside.safetensors").exists()
     for name in ("outside.safetensors", "far/f.safetensors"):
         with pytest.raises(PathError, match="leaves its folder"):
@@ -160,6 +182,13 @@ def test_links_count_by_where_they_lead(models, tmp_path):
     extra.write_text("mine:\n  loras: far\n")
     standalone = StandaloneHost([models], extra_model_paths=extra)
     assert standalone.resolve_model("checkpoints", "far/f.safetensors").exists()
+
+
+@pytest.mark.parametrize(("limit", "what"), [("MAX_LISTED", "models"), ("MAX_WALKED", "folders")])
+def test_a_folder_that_holds_too_much_is_not_walked_to_its_end(models, monkeypatch, limit, what):
+    monkeypatch.setattr(paths, limit, 1)
+    with pytest.raises(PathError, match=rf"checkpoints holds more than 1 {what}; name a smaller folder"):
+        StandaloneHost([models]).list_models("checkpoints")
 
 
 def test_a_linked_models_root_is_fine(models, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from ltx2_engine import cli
 from ltx2_engine.ltx2_core.loading.write import write_checkpoint
 from ltx2_engine.ltx2_core.media import write_audio
-from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file, write_tiny_checkpoint
+from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file, write_tiny_checkpoint, write_tiny_split
 from ltx2_engine.ltx2_core.tiny_lora import write_tiny_lora
 from ltx2_engine.ltx2_core.tiny_upsampler import upsampler_file, write_tiny_upsampler
 from PIL import Image
@@ -165,7 +165,7 @@ def config_of(path):
         ("vae.", "no video VAE"),
         ("audio_vae.", "no audio VAE"),
         ("vocoder.", "no vocoder"),
-        ("text_embedding_projection.", "text_embedding_projection"),
+        ("text_embedding_projection.", "no text projection"),
         ("model.diffusion_model.transformer_blocks.1.", "transformer_blocks.1."),
     ],
 )
@@ -180,8 +180,33 @@ def test_a_transformer_alone_says_what_would_fit(run, models):
     write_tiny_checkpoint(models / "checkpoints" / "ltx-2.5-tiny.safetensors", "2.5")
     code, said = run("LTX2LoadModel.checkpoint=ltx-2.5-tiny.safetensors")
     assert code == BAD_RUN
-    assert "no video VAE" in said
-    assert "choose the full checkpoint" in said
+    assert "no video VAE, no audio VAE, no vocoder" in said
+    assert "ltx-2.5-video-vae-conv-*" in said
+
+
+def test_all_files_that_do_not_fit_are_named_at_once(run, models):
+    from ltx2_engine.ltx2_core.text.tiny_gemma import write_tiny_gemma
+
+    write_tiny_gemma(models / "text_encoders" / "other", hidden_size=32)
+    write_tiny_split(models, "2.0")
+    code, said = run(
+        "LTX2LoadModel.text_encoder=other",
+        "LTX2LoadModel.video_vae=ltx-2.0-tiny-video-vae.safetensors",
+        "LTX2LoadModel.audio_vae=ltx-2.0-tiny-video-vae.safetensors",
+    )
+    assert code == BAD_RUN
+    assert "3 of 4 files cannot be used" in said
+    assert "its latents are of LTX-2.0, but the transformer is of LTX-2.3" in said
+    assert "it holds no audio VAE" in said
+    assert "6 layers of width 32" in said
+
+
+@pytest.mark.parametrize("name", ["missing.safetensors", "../checkpoints/x.safetensors", "/etc/passwd"])
+@pytest.mark.parametrize("field", ["video_vae", "audio_vae", "text_projection"])
+def test_component_files_must_be_listed(run, field, name):
+    code, said = run(f"LTX2LoadModel.{field}={name}")
+    assert code == INVALID
+    assert field in said
 
 
 def test_a_text_encoder_of_another_size_is_refused(run, models):
@@ -274,6 +299,13 @@ def test_two_stage_input_that_does_not_fit(hq, settings, code, message):
     got, said = hq(*settings)
     assert got == code, said
     assert message in said
+
+
+def test_an_upsampler_that_does_not_fit_is_refused_before_anything_is_sampled(hq):
+    code, said = hq(f"LTX2UpscaleLatent.upsampler={upsampler_file('2.0-spatial-x2')}")
+    assert code == BAD_RUN
+    assert "this upsampler is for LTX-2.0" in said
+    assert "sampling" not in said
 
 
 def test_a_lora_that_fits_nothing_says_what_it_looks_like(hq, models):

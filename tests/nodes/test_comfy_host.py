@@ -196,7 +196,13 @@ def test_retire_leaves_nothing_behind(checks: dict):
 def test_model_names_resolve_inside_comfyuis_folders(checks: dict):
     seen = checks["paths"]
     assert seen["loras"] == ["link.safetensors", "sub/a.safetensors"]
-    assert seen["text_encoders"] == ["gemma/tiny"]
+    assert seen["text_encoders"] == ["gemma/q4.gguf", "gemma/tiny", "old.GGUF", "single.safetensors"]
+    assert [name.partition("/")[2] for name in seen["encoders"]] == seen["text_encoders"]
+    assert seen["ggufs"] == {
+        "checkpoints": ["c.gguf", "shared.safetensors"],
+        "diffusion_models": ["quantised/t.gguf"],
+        "text_encoders": ["gemma/q4.gguf", "gemma/tiny/model.safetensors", "old.GGUF", "single.safetensors"],
+    }
     assert seen["resolved"] == seen["shared"].replace("checkpoints/shared", "loras/sub/a")
     assert seen["encoder"] == "text_encoders/gemma/tiny"
     assert (seen["input"], seen["marked"], seen["temp"]) == ("input/photo.png", "output/made.png", "temp")
@@ -208,7 +214,7 @@ def test_model_names_resolve_inside_comfyuis_folders(checks: dict):
 def test_path_tricks_are_refused(checks: dict):
     answers = dict(checks["paths"]["refused"])
     assert answers.pop("kind") == "ValueError"
-    assert len(answers) == 20
+    assert len(answers) == 23
     assert {name: said for name, said in answers.items() if said != "PathError"} == {}
 
 

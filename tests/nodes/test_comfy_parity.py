@@ -100,3 +100,20 @@ def test_interrupt_stops_between_two_steps(
     steps = [event["value"] for event in result["progress"] if event["max"] == 1000]
     assert 0 < steps[-1] < 1000
     assert result["outputs"] == {}
+
+
+def test_an_upsampler_that_does_not_fit_is_refused_before_sampling(
+    run_in_comfyui: Callable[..., dict], comfy_base: Path, tiny_prompt: Callable[..., dict], tmp_path: Path
+):
+    """The latent is a lazy input, so ComfyUI asks the node before it samples."""
+    from ltx2_engine.ltx2_core.tiny_upsampler import write_tiny_upsampler
+
+    write_tiny_upsampler(comfy_base / "models" / "latent_upscale_models" / "old.safetensors", "2.0-spatial-x2")
+    prompt = tiny_prompt("distilled_two_stage", LTX2UpscaleLatent={"upsampler": "old.safetensors"})
+    (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+    result = run_in_comfyui(tmp_path / "prompt.json")
+    assert not result["success"]
+    assert result["message"]["node_type"] == "LTX2UpscaleLatent"
+    assert "this upsampler is for LTX-2.0" in result["message"]["exception_message"]
+    samplers = {key for key, node in prompt.items() if node["class_type"] == "LTX2Sampler"}
+    assert not [event for event in result["progress"] if event["node"] in samplers]

@@ -1,13 +1,12 @@
 """Our Gemma, built on the meta device and filled by name, against models that transformers loads itself."""
 
-import json
-import shutil
-
 import pytest
 import torch
-from ltx2_engine.ltx2_core.config.fields import ConfigError
 from ltx2_engine.ltx2_core.testing import assert_close, relative_error
 from ltx2_engine.ltx2_core.text import gemma
+from ltx2_engine.ltx2_core.text.encoder_config import num_hidden_states, read_config
+from ltx2_engine.ltx2_core.text.encoder_files import read_text_encoder
+from ltx2_engine.ltx2_core.text.encoder_names import module_name
 from ltx2_engine.ltx2_core.text.tokenizer import load_tokenizer, tokenize
 from safetensors.torch import load_file
 
@@ -15,28 +14,20 @@ from safetensors.torch import load_file
 PROMPT = "A fox runs over fresh snow while bells ring far away. Grüße, 雪!"
 
 
-def load(folder, dtype=torch.float32):
-    config = gemma.read_gemma_config(folder)
-    with torch.device("meta"):
-        model = gemma.build_gemma(config)
-    tensors = {}
-    for path in gemma.weight_files(folder):
-        for name, tensor in load_file(path).items():
-            if (mapped := gemma.module_name(name)) is not None:
-                tensors[mapped] = tensor.to(dtype)
-    gemma.assign(model, tensors, source=str(folder))
-    gemma.fill_buffers(model, torch.device("cpu"))
-    return model
+@pytest.fixture(scope="module")
+def files(gemma_folder):
+    return read_text_encoder(gemma_folder)
 
 
 @pytest.fixture(scope="module")
-def model(gemma_folder):
-    return load(gemma_folder)
+def model(files, load_encoder):
+    with torch.inference_mode():
+        return load_encoder(files)
 
 
 @pytest.fixture(scope="module")
-def ids(gemma_folder):
-    return tokenize(load_tokenizer(gemma_folder), PROMPT)
+def ids(files):
+    return tokenize(load_tokenizer(files.tokenizer), PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +55,8 @@ def test_states_equal_the_full_model_bit_for_bit(model, oracle, ids):
     assert torch.equal(states, oracle_states(oracle, ids))
 
 
-def test_states_equal_a_normally_built_text_model(gemma_folder, model, ids):
-    normal = gemma.build_gemma(gemma.read_gemma_config(gemma_folder))
+def test_states_equal_a_normally_built_text_model(files, model, ids):
+    normal = gemma.build_gemma(files.config)
     normal.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(gemma.hidden_states(model, ids)[0], gemma.hidden_states(normal, ids)[0])
     buffers, want = dict(model.named_buffers()), dict(normal.named_buffers())
@@ -73,8 +64,8 @@ def test_states_equal_a_normally_built_text_model(gemma_folder, model, ids):
     assert all(torch.equal(buffers[name], want[name]) and buffers[name].dtype == want[name].dtype for name in want)
 
 
-def test_buffers_stay_float32_beside_bfloat16_weights(gemma_folder, ids):
-    model = load(gemma_folder, torch.bfloat16)
+def test_buffers_stay_float32_beside_bfloat16_weights(files, ids, load_encoder):
+    model = load_encoder(files, torch.bfloat16)
     assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
     states, _ = gemma.hidden_states(model, ids)
     assert states.dtype == torch.bfloat16
@@ -146,54 +137,16 @@ def test_ids_outside_the_vocabulary_are_refused(model):
         ("lm_head.weight", None),
         ("language_model.lm_head.weight", None),
         ("spiece_model", None),
+        ("blk.0.ffn_gate_exps.weight", "blk.0.ffn_gate_exps.weight"),
     ],
 )
 def test_checkpoint_names_map_to_the_text_tower(name, mapped):
-    assert gemma.module_name(name) == mapped
+    assert module_name(name) == mapped
 
 
-def test_weights_must_fit_one_to_one(gemma_folder, model):
-    with torch.device("meta"):
-        empty = gemma.build_gemma(gemma.read_gemma_config(gemma_folder))
-    state = dict(model.state_dict())
-    quantised = {"layers.0.mlp.up_proj.weight_scale": torch.ones(1), "norm.weight": torch.zeros(64, dtype=torch.int8)}
-    del state["embed_tokens.weight"]
-    state["layers.1.self_attn.q_norm.weight"] = torch.zeros(17)
-    with pytest.raises(gemma.GemmaError, match=r"^here does not hold") as error:
-        gemma.assign(empty, state | quantised, source="here")
-    for part in (
-        "embed_tokens.weight: missing, needs (320, 64)",
-        "layers.0.mlp.up_proj.weight_scale: unexpected, torch.float32 (1,)",
-        "layers.1.self_attn.q_norm.weight: torch.float32 (17,), needs floats (16,)",
-        "norm.weight: torch.int8 (64,), needs floats (64,)",
-    ):
-        assert part in str(error.value)
-    assert all(parameter.is_meta for parameter in empty.parameters())
-
-
-def test_other_encoders_are_refused_by_name(tmp_path):
-    with pytest.raises(gemma.GemmaError, match=r"no config\.json"):
-        gemma.read_gemma_config(tmp_path)
-    for kind in ("gemma4_unified", "t5", None):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-        with pytest.raises(gemma.GemmaError, match=f"{kind!r}; supported are 'gemma3' and 'gemma3_text'"):
-            gemma.read_gemma_config(tmp_path)
-    (tmp_path / "config.json").write_text("[1")
-    with pytest.raises(gemma.GemmaError, match="not valid JSON"):
-        gemma.read_gemma_config(tmp_path)
-
-
-def test_sizes_are_bounded_before_anything_is_built(gemma_folder, tmp_path):
-    config = gemma.read_gemma_config(gemma_folder)
-    config["text_config"]["num_hidden_layers"] = 10**6
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="num_hidden_layers must be between 1 and 512"):
-        gemma.read_gemma_config(tmp_path)
-
-
-def test_a_bare_text_config_builds_the_same_module(gemma_folder):
-    config = gemma.read_gemma_config(gemma_folder)
-    assert gemma.num_hidden_states(config) == gemma.num_hidden_states(config["text_config"]) == 7
+def test_a_bare_text_config_builds_the_same_module(files):
+    config = files.config
+    assert num_hidden_states(config) == num_hidden_states(config["text_config"]) == 7
     with torch.device("meta"):
         full, bare = gemma.build_gemma(config), gemma.build_gemma(config["text_config"])
     assert full.state_dict().keys() == bare.state_dict().keys()
@@ -201,37 +154,16 @@ def test_a_bare_text_config_builds_the_same_module(gemma_folder):
 
 
 def test_a_config_cannot_choose_the_attention_code(gemma_folder):
-    config = gemma.read_gemma_config(gemma_folder)
+    config = read_config(gemma_folder / "config.json")
     config["text_config"] |= {"attn_implementation": "someone/kernel", "_attn_implementation": "someone/kernel"}
     with torch.device("meta"):
         assert gemma.build_gemma(config).config._attn_implementation == "sdpa"
 
 
-def test_weight_files_follow_the_index(gemma_folder, tmp_path):
-    with pytest.raises(gemma.GemmaError, match=r"no \.safetensors"):
-        gemma.weight_files(tmp_path)
-    for name in ("a.safetensors", "b.safetensors", "stale.safetensors"):
-        shutil.copy(gemma_folder / "model.safetensors", tmp_path / name)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    assert [path.name for path in gemma.weight_files(tmp_path)] == [
-        "a.safetensors",
-        "b.safetensors",
-        "stale.safetensors",
-    ]
-
-    def index(*names):
-        path = tmp_path / "model.safetensors.index.json"
-        path.write_text(json.dumps({"weight_map": {str(i): name for i, name in enumerate(names)}}))
-
-    index("b.safetensors", "a.safetensors", "b.safetensors")
-    assert [path.name for path in gemma.weight_files(tmp_path)] == ["a.safetensors", "b.safetensors"]
-    index("a.safetensors", "c.safetensors")
-    with pytest.raises(gemma.GemmaError, match=r"lacks c\.safetensors"):
-        gemma.weight_files(tmp_path)
-    for odd in ("../a.safetensors", "..\\a.safetensors", "a.bin"):
-        index(odd)
-        with pytest.raises(gemma.GemmaError, match="same folder"):
-            gemma.weight_files(tmp_path)
+def test_a_config_that_transformers_refuses_is_named(files):
+    config = {**files.config["text_config"], "hidden_activation": "no such function"}
+    with pytest.raises(gemma.GemmaError, match=r"transformers does not take config\.json of the text encoder"):
+        gemma.build_gemma(config)
 
 
 def test_the_tiny_folder_is_small_and_holds_vision_tensors(gemma_folder):

@@ -13,8 +13,9 @@ import torch
 from ltx2_engine.ltx2_core.config.fields import ConfigError
 from ltx2_engine.ltx2_core.config.upsampler import UpsamplerConfig
 from ltx2_engine.ltx2_core.config.version import ModelVersion
-from ltx2_engine.ltx2_core.loading.build import MismatchError, load_component
+from ltx2_engine.ltx2_core.loading.build import MismatchError
 from ltx2_engine.ltx2_core.loading.checkpoint import CheckpointError
+from ltx2_engine.ltx2_core.loading.store import load_component
 from ltx2_engine.ltx2_core.loading.write import write_checkpoint
 from ltx2_engine.ltx2_core.testing import assert_close
 from ltx2_engine.ltx2_core.tiny_upsampler import KINDS, upsampler_file, write_tiny_upsampler

@@ -183,21 +183,29 @@ def refused(call: Any, *arguments: Any) -> str:
 def paths(host: Any, base: Path) -> dict[str, Any]:
     models, outside = base / "models", base / "outside"
     gemma = models / "text_encoders" / "gemma" / "tiny"
-    for folder in (models / "loras" / "sub", models / "checkpoints", gemma, outside):
+    unet, clip = models / "unet" / "quantised", models / "clip"
+    for folder in (models / "loras" / "sub", models / "checkpoints", unet, clip, gemma, outside):
         folder.mkdir(parents=True)
     for file in (
         models / "loras" / "sub" / "a.safetensors",
         models / "loras" / "b.pt",
         models / "text_encoders" / "single.safetensors",
+        models / "text_encoders" / "gemma" / "q4.gguf",
+        clip / "old.GGUF",
+        unet / "t.gguf",
+        models / "checkpoints" / "c.gguf",
+        models / "loras" / "l.gguf",
         gemma / "model.safetensors",
         gemma / "config.json",
         outside / "secret.safetensors",
+        outside / "secret.gguf",
         base / "input" / "photo.png",
         base / "output" / "made.png",
     ):
         file.write_bytes(b"x")
     (models / "loras" / "link.safetensors").symlink_to(outside / "secret.safetensors")
     (models / "checkpoints" / "shared.safetensors").symlink_to(models / "loras" / "sub" / "a.safetensors")
+    (models / "checkpoints" / "leak.gguf").symlink_to(outside / "secret.gguf")
     (base / "input" / "link.png").symlink_to(outside / "secret.safetensors")
     (base / "output" / "leak").symlink_to(outside)
     tricks = (
@@ -215,16 +223,23 @@ def paths(host: Any, base: Path) -> dict[str, Any]:
     return {
         "loras": host.list_models("loras"),
         "text_encoders": host.list_text_encoders(),
+        "ggufs": {kind: host.list_models(kind) for kind in ("checkpoints", "diffusion_models", "text_encoders")},
         "resolved": str(host.resolve_model("loras", "sub/a.safetensors").relative_to(models)),
         "shared": str(host.resolve_model("checkpoints", "shared.safetensors").relative_to(models)),
         "encoder": str(host.resolve_text_encoder("gemma/tiny").relative_to(models)),
+        "encoders": [str(host.resolve_text_encoder(name).relative_to(models)) for name in host.list_text_encoders()],
         "input": str(host.input_path("photo.png").relative_to(base)),
         "marked": str(host.input_path("made.png [output]").relative_to(base)),
         "saved": [saved.ui(), host.save_path("clips/take", "mp4", 64, 32).ui()["filename"]],
         "temp": str(host.temp_dir().relative_to(base)),
         "refused": {
             **{f"lora {name!r}": refused(host.resolve_model, "loras", name) for name in tricks},
-            **{f"encoder {n!r}": refused(host.resolve_text_encoder, n) for n in ("..", "gemma", "../loras/sub")},
+            **{
+                f"encoder {n!r}": refused(host.resolve_text_encoder, n)
+                for n in ("..", "gemma", "../loras/sub", "gemma/tiny/config.json")
+            },
+            "gguf": refused(host.resolve_model, "loras", "l.gguf"),
+            "gguf link": refused(host.resolve_model, "checkpoints", "leak.gguf"),
             **{
                 f"input {n!r}": refused(host.input_path, n)
                 for n in ("../outside", "link.png", "[output]", "../x [temp]")

@@ -186,8 +186,8 @@ def test_models_come_from_the_option_or_the_environment(flow, tmp_path, monkeypa
 def test_tiny_passes_folder_and_version(tmp_path, monkeypatch, capsys):
     calls = []
 
-    def write_tiny_set(root, label):
-        calls.append((root, label))
+    def write_tiny_set(root, label, layout):
+        calls.append((root, label, layout))
         if label == "9":
             raise ValueError("version 9 is not known")
         return [root / "checkpoints" / "tiny.safetensors"]
@@ -195,8 +195,12 @@ def test_tiny_passes_folder_and_version(tmp_path, monkeypatch, capsys):
     fake = types.SimpleNamespace(write_tiny_set=write_tiny_set)
     monkeypatch.setitem(sys.modules, "ltx2_engine.ltx2_core.tiny", fake)
     assert cli.main(["tiny", "--models", str(tmp_path), "--version", "2.0"]) == 0
-    assert calls == [(tmp_path, "2.0")]
+    assert calls == [(tmp_path, "2.0", None)]
     assert "tiny.safetensors" in capsys.readouterr().out
+    assert cli.main(["tiny", "--models", str(tmp_path), "--layout", "split"]) == 0
+    assert calls[1] == (tmp_path, "2.3", "split")
+    assert cli.main(["tiny", "--models", str(tmp_path), "--layout", "other"]) == 2
+    assert "other" in capsys.readouterr().err
     assert cli.main(["tiny", "--models", str(tmp_path), "--version", "9"]) == 2
     assert "version 9 is not known" in capsys.readouterr().err
 

@@ -1,22 +1,18 @@
+"""LoRAs added to a whole transformer: arithmetic, names in every form, and what reaches the log."""
+
 import logging
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from ltx2_engine.ltx2_core.config.model import ModelConfig
-from ltx2_engine.ltx2_core.loading import lora
-from ltx2_engine.ltx2_core.loading.build import load_component
-from ltx2_engine.ltx2_core.loading.checkpoint import CheckpointError, read_header
 from ltx2_engine.ltx2_core.loading.keymap import transformer_checkpoint_name
-from ltx2_engine.ltx2_core.loading.lora import LoraError, fuse, match, read_lora, reference_factors
-from ltx2_engine.ltx2_core.loading.write import write_checkpoint
-from ltx2_engine.ltx2_core.networks import build_on_meta
+from ltx2_engine.ltx2_core.loading.lora.errors import LoraError
+from ltx2_engine.ltx2_core.loading.lora.file import read_lora
+from ltx2_engine.ltx2_core.loading.lora.fuse import fuse, match_module
+from ltx2_engine.ltx2_core.loading.lora.strength import Strength
 from ltx2_engine.ltx2_core.testing import assert_close
-from ltx2_engine.ltx2_core.tiny import checkpoint_file, tiny_config
 from ltx2_engine.ltx2_core.tiny_lora import write_tiny_lora
 from safetensors.torch import load_file
-from torch import nn
 
 ATTN = "transformer_blocks.1.attn1.to_q"
 # one layer of every kind that a prefix or a rename table could get wrong: ours -> checkpoint, diffusers
@@ -70,49 +66,16 @@ PREFIXES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def load(tiny_models):
-    """A function that loads the tiny transformer of 2.3 anew."""
-    path = tiny_models / "checkpoints" / checkpoint_file("2.3")
-
-    def transformer(dtype=torch.float32):
-        return load_component(on_meta("2.3"), read_header(path), "transformer", device="cpu", dtype=dtype)
-
-    transformer.checkpoint = path
-    return transformer
-
-
-def on_meta(label):
-    return build_on_meta("transformer", ModelConfig.from_config(tiny_config(label), 7, ()))
-
-
-@pytest.fixture(scope="module")
-def factors():
+def factors(shapes):
     """Layer -> (A, B) of rank 3, for every layer of LAYERS."""
-    weights = dict(on_meta("2.3").named_parameters())
+    weights = shapes("2.3")
     generator = torch.Generator().manual_seed(1)
     pairs = {}
     for name in LAYERS:
-        outputs, inputs = weights[name + ".weight"].shape
+        outputs, inputs = weights[name + ".weight"]
         pairs[name] = (torch.randn(3, inputs, generator=generator), torch.randn(outputs, 3, generator=generator))
     return pairs
-
-
-@pytest.fixture
-def written(tmp_path):
-    def write(tensors, metadata=None, name="lora.safetensors"):
-        write_checkpoint(tmp_path / name, tensors, metadata or {})
-        return tmp_path / name
-
-    return write
 
 
 def named(factors, prefix="trainer", suffixes=SUFFIXES[0], alpha=None):
@@ -181,7 +144,7 @@ def test_alpha_counts_as_one_when_absent_and_is_logged_when_it_is_not_the_rank(l
         fuse(module, [(file, strength)], device="cpu")
         results[file.path.name] = weights_of(module)
         assert ("alpha/rank is 2, not 1, in 17 layers" in caplog.text) == (file is double)
-        assert f"(rank 3) at strength {strength:g}: 17 layers changed" in caplog.text
+        assert f"(LoRA, rank 3) at strength {strength:g}: 17 layers changed" in caplog.text
     first, *others = results.values()
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
@@ -207,7 +170,7 @@ def test_fusing_in_inference_mode_keeps_normal_parameters_and_reports_every_byte
     pointers = [parameter.data_ptr() for parameter in module.parameters()]
     with torch.inference_mode():
         report = fuse(module, [(file, 1.0)], device="cpu", on_bytes=counts.append)
-    assert sum(counts) == report.size_bytes == 4 * sum(a.numel() + b.numel() + 1 for a, b in factors.values())
+    assert sum(counts) == report.size_bytes == 4 * sum(a.numel() + b.numel() for a, b in factors.values())
     assert not any(parameter.is_inference() for parameter in module.parameters())
     assert pointers == [parameter.data_ptr() for parameter in module.parameters()]
 
@@ -227,7 +190,7 @@ def test_a_file_of_peft_fuses_as_peft_merges(load, written):
     module = load()
     fuse(module, [(file, 1.0)], device="cpu")
     merged = dict(model.merge_and_unload().named_parameters())
-    assert len(file.pairs) == 3 * (3 * 2 * 2) + 3 * 2
+    assert len(file.layers) == 3 * (3 * 2 * 2) + 3 * 2
     for name, weight in module.named_parameters():
         assert_close(name, weight, merged[name], 1e-6)
 
@@ -263,6 +226,21 @@ def test_bfloat16_weights_agree_with_ltx_core_but_for_its_roundings(load, ltx_co
     assert 0 < different / total < 0.35
 
 
+def test_each_stream_has_its_own_strength(load, written, factors):
+    file = read_lora(written(named(factors, alpha=2)))
+    weaker = {s: load() for s in (0.5, -1.5)}
+    for strength, module in weaker.items():
+        fuse(module, [(file, strength)], device="cpu")
+    module = load()
+    fuse(module, [(file, Strength(video=0.5, audio=-1.5))], device="cpu")
+    for name, value in module.named_parameters():
+        stream = "audio" if name.startswith("audio.") or ".audio." in name else "video"
+        assert torch.equal(value, weaker[0.5 if stream == "video" else -1.5].get_parameter(name)), name
+    # audio-to-video attention writes to the video
+    name = "blocks.0.video.cross_attn.to_k.weight"
+    assert not torch.equal(weaker[0.5].get_parameter(name), weaker[-1.5].get_parameter(name))
+
+
 # names ---------------------------------------------------------------------------------------------------------------
 
 
@@ -271,39 +249,13 @@ def test_every_prefix_and_suffix_gives_the_same_bits(load, written, factors, pre
     wanted = load()
     fuse(wanted, [(read_lora(written(named(factors, alpha=2))), 0.9)], device="cpu")
     wanted = weights_of(wanted)
-    suffixes = SUFFIXES if prefix in ("trainer", "kohya") else SUFFIXES[:1]
-    for number, ends in enumerate(suffixes):
+    for number, ends in enumerate(SUFFIXES):
         file = read_lora(written(named(factors, prefix, ends, alpha=2), name=f"{number}.safetensors"))
-        assert set(file.pairs) == set(LAYERS)
+        assert set(file.layers) == set(LAYERS)
         assert not file.skipped
         module = load()
         fuse(module, [(file, 0.9)], device="cpu")
         assert all(torch.equal(wanted[name], value) for name, value in module.named_parameters()), ends
-
-
-@pytest.mark.parametrize("label", ["2.0", "2.3", "2.5"])
-def test_underscored_names_of_every_linear_layer_lead_back_to_it(label):
-    layers = {name for name, layer in on_meta(label).named_modules() if isinstance(layer, nn.Linear)}
-    flat = {"lora_unet_" + transformer_checkpoint_name(name).replace(".", "_"): name for name in layers}
-    assert len(flat) == len(layers) > 100
-    for name, ours in flat.items():
-        assert lora._module_name(name) == ours
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "lora_unet_transformer_blocks_0_attn1_to",
-        "lora_unet_transformer_blocks_x_attn1_to_q",
-        "lora_unet_transformer_blocks_٣_attn1_to_q",
-        "lora_te_text_model_encoder_layers_0_mlp_fc1",
-        "text_embedding_projection.aggregate_embed",
-        "video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q",
-        "",
-    ],
-)
-def test_other_names_are_no_layer_of_the_transformer(name):
-    assert lora._module_name(name) is None
 
 
 def test_what_is_not_used_is_listed_with_its_reason_and_logged(load, written, factors, caplog):
@@ -318,7 +270,7 @@ def test_what_is_not_used_is_listed_with_its_reason_and_logged(load, written, fa
     report = fuse(load(), [(file, 1.0)], device="cpu")
     assert dict(report.files[0].skipped) == {
         "diffusion_model.transformer_blocks.40.attn1.to_q": "this model has no such layer",
-        "text_embedding_projection.aggregate_embed": "not a part of the LTX-2 transformer",
+        "text_embedding_projection.aggregate_embed": "a part of the text head: LoRAs are added to the transformer alone",
         "diffusion_model.patchify_proj.bias": "neither a factor nor the alpha of a LoRA",
     }
     assert len(report.files[0].matched) == len(LAYERS)
@@ -326,69 +278,13 @@ def test_what_is_not_used_is_listed_with_its_reason_and_logged(load, written, fa
         assert f"lora.safetensors: 1 skipped, {reason}: {name!r}" in caplog.text
 
 
-def test_matching_reads_headers_only(written, factors):
+def test_matching_reads_headers_only(written, factors, on_meta):
     file = read_lora(written(named(factors)))
     file.path.unlink()
-    assert set(match(on_meta("2.3"), [(file, 1.0)]).layers) == set(LAYERS)
+    assert set(match_module(on_meta("2.3"), [(file, 1.0)]).layers) == set(LAYERS)
 
 
 # refusals ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("end", "kind"),
-    [
-        ("dora_scale", "DoRA"),
-        ("lora_magnitude_vector.weight", "DoRA"),
-        ("hada_w1_a", "LoHa"),
-        ("lokr_w1", "LoKr"),
-        ("oft_blocks", "OFT"),
-        ("lora_mid.weight", "LoCon"),
-        ("diff", "full differences"),
-        ("diff_b", "full differences"),
-        ("set_weight", "full differences"),
-        ("lora_B.bias", "LoRA with a bias"),
-        ("lora_up.bias", "LoRA with a bias"),
-    ],
-)
-def test_other_algebra_is_refused_by_name_even_beside_plain_pairs(written, factors, end, kind):
-    name = f"diffusion_model.{ATTN}.{end}"
-    path = written(named(factors) | {name: torch.ones(3, 3)})
-    with pytest.raises(LoraError, match="later version") as error:
-        read_lora(path)
-    assert str(error.value).startswith(f"{path}: tensor {name!r} makes this a file of another kind: {kind}")
-
-
-@pytest.mark.parametrize(("gone", "missing"), [("lora_A", "A"), ("lora_B", "B"), ("lora_", "A and B")])
-def test_half_pairs_are_named(written, factors, gone, missing):
-    tensors = named(factors, alpha=1)
-    path = written({name: t for name, t in tensors.items() if not name.startswith(f"diffusion_model.{ATTN}.{gone}")})
-    with pytest.raises(LoraError, match=rf"half a pair: .*{ATTN}.* without factor {missing}:"):
-        read_lora(path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"lora_A.weight": torch.ones(4, 128)}, r"A \[4, 128\] and B \[128, 3\]"),
-        ({"lora_A.weight": torch.ones(3, 128, 1)}, r"A \[3, 128, 1\] and B \[128, 3\]"),
-        ({"lora_A.weight": torch.ones(0, 128), "lora_B.weight": torch.ones(128, 0)}, r"A \[0, 128\]"),
-        ({"alpha": torch.ones(2)}, r"alpha' has shape \[2\]: an alpha must be one number"),
-        ({"lora_B.weight": torch.ones(128, 3, dtype=torch.int8)}, "stored as I8"),
-        ({"lora_B.weight": torch.ones(128, 3).to(torch.float8_e4m3fn)}, "stored as F8_E4M3"),
-        ({"lora_down.weight": torch.ones(3, 128)}, "are the same factor"),
-    ],
-)
-def test_factors_that_cannot_be_multiplied_are_refused(written, factors, change, message):
-    tensors = named(factors) | {f"diffusion_model.{ATTN}.{end}": tensor for end, tensor in change.items()}
-    with pytest.raises(CheckpointError, match=message):
-        read_lora(written(tensors))
-
-
-def test_the_same_layer_under_two_names_is_refused(written, factors):
-    again = {name: tensor.clone() for name, tensor in named(factors, "kohya").items()}
-    with pytest.raises(LoraError, match="are the same layer"):
-        read_lora(written(named(factors) | again))
 
 
 def test_a_lora_of_other_sizes_names_both_shapes_and_changes_nothing(load, written, factors):
@@ -407,94 +303,8 @@ def test_a_lora_of_other_sizes_names_both_shapes_and_changes_nothing(load, writt
     assert all(torch.equal(before[name], value) for name, value in module.named_parameters())
 
 
-def test_a_file_that_fits_nothing_says_what_it_looks_like_and_what_would_fit(load, written):
-    other = "lora_unet_down_blocks_0_attentions_0_proj_in"
-    path = written({f"{other}.lora_down.weight": torch.ones(4, 8), f"{other}.lora_up.weight": torch.ones(8, 4)})
-    with pytest.raises(LoraError, match="looks like a LoRA") as error:
-        read_lora(path)
-    assert f"names that begin with '{other}.lora_down', '{other}.lora_up'" in str(error.value)
-    assert "What fits: a LoRA trained for an LTX-2 transformer" in str(error.value)
-    with pytest.raises(LoraError, match=r"it looks like an LTX-2 checkpoint of version 2\.3"):
-        read_lora(load.checkpoint)
-
-
-def test_a_lora_of_absent_layers_only_is_refused(written):
-    name = "diffusion_model.transformer_blocks.40.attn1.to_q"
-    file = read_lora(
-        written({f"{name}.lora_A.weight": torch.ones(3, 128), f"{name}.lora_B.weight": torch.ones(128, 3)})
-    )
-    with pytest.raises(LoraError, match=rf"none of its 1 layers is in this model: it changes '{name}'"):
-        match(on_meta("2.3"), [(file, 1.0)])
-
-
-@pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf, 10.01, -11])
-def test_strengths_out_of_range_are_refused_with_the_file(written, factors, strength):
-    file = read_lora(written(named(factors)))
-    with pytest.raises(ValueError, match=r"lora\.safetensors: a LoRA's strength must be a number from -10 to 10"):
-        match(on_meta("2.3"), [(file, strength)])
-
-
 def test_factors_that_are_not_finite_are_refused(load, written, factors):
     tensors = named(factors)
     tensors[f"diffusion_model.{ATTN}.lora_A.weight"] = torch.full((3, 128), math.nan)
     with pytest.raises(LoraError, match=f"{ATTN}.lora_A.weight' has values that are no numbers"):
         fuse(load(), [(read_lora(written(tensors)), 1.0)], device="cpu")
-
-
-def test_unsound_headers_are_refused_by_the_checked_reader(tmp_path):
-    path = tmp_path / "lora.safetensors"
-    path.write_bytes((2**60).to_bytes(8, "little") + b"{}")
-    with pytest.raises(CheckpointError, match=r"lora\.safetensors"):
-        read_lora(path)
-    with pytest.raises(CheckpointError, match=r"lora\.ckpt"):
-        read_lora(Path("lora.ckpt"))
-
-
-# metadata ------------------------------------------------------------------------------------------------------------
-
-SCALE, TIME = "reference_downscale_factor", "reference_temporal_scale_factor"
-
-
-def test_reference_factors_default_to_one_and_must_agree(written, factors):
-    tensors = named(factors)
-    plain, half, slow, third = (
-        read_lora(written(tensors, metadata, f"{number}.safetensors"))
-        for number, metadata in enumerate(({}, {SCALE: "2"}, {SCALE: "2.0", TIME: '"8"'}, {SCALE: "3", TIME: "1"}))
-    )
-    assert reference_factors([]) == (1, 1)
-    assert reference_factors([plain]) == (1, 1)
-    assert reference_factors([plain, half]) == (2, 1)
-    assert reference_factors([half, slow, plain]) == (2, 8)
-    with pytest.raises(LoraError, match=f"{SCALE}: 1.safetensors needs 2, 3.safetensors needs 3"):
-        reference_factors([half, plain, third])
-
-
-@pytest.mark.parametrize("text", ["0", "-2", "1.5", "65", "two", "", "9" * 5000, "٢"])
-def test_reference_factors_that_are_no_small_whole_number_are_refused(written, factors, text):
-    with pytest.raises(LoraError, match=f"its metadata says {SCALE} = .*: it must be a whole number from 1 to 64"):
-        read_lora(written(named(factors), {SCALE: text}))
-
-
-# the tiny LoRA -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("label", ["2.0", "2.3"])
-@pytest.mark.parametrize("targets", ["attention", "all"])
-def test_the_tiny_lora_fits_the_tiny_checkpoint(tiny_models, tmp_path, label, targets):
-    path = tmp_path / "loras" / "tiny.safetensors"
-    write_tiny_lora(path, tiny_models / "checkpoints" / checkpoint_file(label), targets=targets, metadata={SCALE: "2"})
-    file = read_lora(path)
-    module = on_meta(label)
-    report = match(module, [(file, 1.0)])
-    linear = {name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
-    # 3 blocks of 3 attentions with 4 projections in each of two streams
-    assert len(report.layers) == (3 * 3 * 4 * 2 if targets == "attention" else len(linear))
-    assert set(report.layers) <= linear
-    assert not report.files[0].skipped
-    assert file.ranks == (4,)
-    assert reference_factors([file]) == (2, 1)
-
-
-def test_the_tiny_lora_refuses_other_targets(load, tmp_path):
-    with pytest.raises(ValueError, match="'attention' or 'all'"):
-        write_tiny_lora(tmp_path / "a.safetensors", load.checkpoint, targets="ff")

@@ -1,0 +1,56 @@
+"""Whether tensors hold numbers only, asked once for many, so that nothing waits for the device in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint, TensorInfo
+from .errors import lora_error, shown
+
+
+# tensors that are asked about together
+_GROUP = 16
+
+
+class FiniteCheck:
+    """Collects tensors that were read, and names the first bad one when asked.
+
+    Many small questions cost more than the answers, so tensors wait until there is a group of them.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Checkpoint, TensorInfo, Tensor]] = []
+        self._noted: list[tuple[Checkpoint, TensorInfo, Tensor]] = []
+
+    def note(self, file: Checkpoint, read: Iterable[tuple[TensorInfo, Tensor]]) -> None:
+        """Note tensors of a file; of most of them only a flag is kept."""
+        self._waiting += [(file, info, tensor.detach()) for info, tensor in read if tensor.numel()]
+        if len(self._waiting) >= _GROUP:
+            self._ask()
+
+    def _ask(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        groups: dict[tuple[torch.device, torch.dtype], list[tuple[Checkpoint, TensorInfo, Tensor]]] = {}
+        for entry in waiting:
+            groups.setdefault((entry[2].device, entry[2].dtype), []).append(entry)
+        for entries in groups.values():
+            # the largest magnitude is a number exactly where all values are
+            largest = torch._foreach_norm([tensor for *_, tensor in entries], float("inf"))
+            self._noted += [(file, info, one) for (file, info, _), one in zip(entries, largest, strict=True)]
+
+    def finish(self) -> None:
+        """Wait for the device and forget what was noted. Raises LoraError naming a tensor that was no number."""
+        self._ask()
+        noted, self._noted = self._noted, []
+        by_device: dict[torch.device, list[tuple[Checkpoint, TensorInfo, Tensor]]] = {}
+        for entry in noted:
+            by_device.setdefault(entry[2].device, []).append(entry)
+        for entries in by_device.values():
+            flags = torch.stack([largest.double() for *_, largest in entries]).isfinite().tolist()
+            for (file, info, _), good in zip(entries, flags, strict=True):
+                if not good:
+                    problem = f"tensor {shown(info.name)} has values that are no numbers"
+                    raise lora_error(file, problem, "get the file again")

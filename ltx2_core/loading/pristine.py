@@ -1,0 +1,92 @@
+"""The way back from merged weights to the base: what LoRAs touched, kept as the file has it.
+
+Subtracting a delta from a bfloat16 weight does not give the weight back (7 to 15 % of elements end one unit off), so the
+base is kept or read again:
+
+pair    base and merged weights side by side on the device: a switch between the two binds other tensors
+pinned  a copy of the base in pinned host memory
+file    nothing is kept: touched weights are read again
+side    nothing is merged: low-rank branches run beside the weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+Value = Mapping[str, Tensor]
+
+POLICIES = ("pair", "pinned", "file", "side")
+
+# beside a full device, other work needs some room
+_RESERVE = 2 << 30
+
+
+def choose_policy(
+    touched_bytes: int, work_bytes: int, *, device_free: int | None, host_free: int | None, low_rank: bool
+) -> str:
+    """The cheapest way back that fits.
+
+    touched_bytes: of the weights that LoRAs change. work_bytes: what the device must have left for activations.
+    device_free, host_free: bytes beside the loaded network, None where nobody knows. low_rank: whether every change is.
+    """
+    if device_free is None or device_free >= touched_bytes + work_bytes + _RESERVE:
+        return "pair"
+    if host_free is not None and host_free >= 2 * touched_bytes + _RESERVE:
+        return "pinned"
+    return "side" if low_rank else "file"
+
+
+class Pristine:
+    """Base values, and in a pair the merged values that are not in use, by the name of the weight."""
+
+    def __init__(self) -> None:
+        # how to keep; None until it is decided, and then nothing is kept
+        self.policy: str | None = None
+        self._base: dict[str, Value] = {}
+        self._stored: dict[str, Value] = {}
+        self._merged: dict[str, tuple[object, Value]] = {}
+
+    def base(self, name: str) -> Value | None:
+        """The base value, as the network holds it; None when it was not kept."""
+        return self._base.get(name)
+
+    def stored(self, name: str, device: torch.device) -> Value | None:
+        """The parts of the weight as the file has them, from pinned memory to ``device``; None when they were not kept."""
+        parts = self._stored.get(name)
+        return None if parts is None else {role: part.to(device, non_blocking=True) for role, part in parts.items()}
+
+    def has(self, name: str) -> bool:
+        return name in self._base or name in self._stored
+
+    def keep(self, name: str, value: Value) -> None:
+        """Keep a base value whose weight gets another, in a pair."""
+        if self.policy == "pair":
+            self._base[name] = value
+
+    def keep_stored(self, name: str, parts: Value) -> None:
+        """Keep a weight in host memory as the file has it."""
+        self._stored[name] = parts
+
+    def merged(self, name: str, key: object) -> Value | None:
+        """The merged value that was put aside, if it is the one of ``key``."""
+        found, value = self._merged.get(name, (None, None))
+        return value if found == key else None
+
+    def put_aside(self, name: str, key: object, value: Value) -> None:
+        if self.policy == "pair":
+            self._merged[name] = key, value
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is kept; some of it may be in use."""
+        merged = (value for _, value in self._merged.values())
+        for value in (*self._base.values(), *self._stored.values(), *merged):
+            yield from value.values()
+
+    def drop(self) -> None:
+        """Forget everything; what was kept has to be read again."""
+        self._base.clear()
+        self._stored.clear()
+        self._merged.clear()

@@ -1,0 +1,149 @@
+"""Reading tensors at the speed of the device's link: threads read ahead while copies to the device run beside them.
+
+Files are read, never mapped: a mapped file that is cut short while in use ends the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from .ring import Chunk, Landing, Readers, Request, Target, target_of
+
+__all__ = ["Request", "read_staged"]
+
+log = logging.getLogger("ltx2.loading")
+
+# what is worth a line in the log
+_LOGGED_BYTES = 64 * 1024 * 1024
+
+Allocate = Callable[[Request], Tensor | None]
+
+
+def read_staged(
+    requests: Iterable[Request],
+    *,
+    device: torch.device | str,
+    allocate: Allocate | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+    stopped: Callable[[], bool] | None = None,
+    threads: int | None = None,
+) -> Iterator[tuple[Request, Tensor]]:
+    """Read tensors in the order of the requests, each as (request, tensor) on ``device``.
+
+    A tensor has the file's dtype and shape; one of a type that torch lacks is uint8 [size in bytes]. It is ready for the
+    stream that is current when it is handed over. Requests that follow one another in a file are read together.
+
+    requests: taken one by one, at most ``ring.SLOTS`` chunks ahead of the tensor that is handed over.
+    allocate: called with a request as it is taken; returns a contiguous tensor of its dtype and shape that the bytes go
+    to, on ``device`` or in host memory, or None for memory of their own.
+    on_bytes: called with the number of bytes read since its last call, between two tensors. stopped: polled, from other
+    threads too. threads: how many read; by default as many as there are cores, 4 to 8.
+
+    Raises Interrupted when ``stopped`` returns True, CheckpointError in place of a tensor whose file cannot be read, ends
+    early or was changed since its header was read, and what requests, allocate and on_bytes raise. However the reading
+    ends, exhausted, closed or by an error, it leaves no thread and no copy behind.
+    """
+    target = target_of(torch.device(device))
+    readers = Readers(target, stopped or _never, threads)
+    chunks = _plan(requests, readers, target, allocate or _none)
+    flying: deque[Chunk] = deque()
+    chunk: Chunk | None = None
+    landing: Landing | None = None
+    started, count, size = time.monotonic(), 0, 0
+    try:
+        while True:
+            while len(flying) < readers.depth and (chunk := next(chunks, None)) is not None:
+                readers.submit(chunk)
+                flying.append(chunk)
+            if not flying:
+                break
+            chunk = flying.popleft()
+            readers.wait(chunk)
+            if on_bytes is not None and chunk.reached:
+                on_bytes(chunk.reached)
+            count, size = count + len(chunk.complete), size + chunk.reached
+            while chunk.complete and chunk.complete[0][0] <= chunk.reached:
+                _, landing = chunk.complete.popleft()
+                target.hand_over(landing)
+                yield landing.request, landing.tensor
+            if chunk.error is not None:
+                raise chunk.error
+    finally:
+        readers.close()
+        # the frame lives on in the traceback of an error: it lets go of the tensors
+        chunks.close()
+        flying.clear()
+        chunk = landing = None
+    _log(count, size, time.monotonic() - started)
+
+
+def _plan(
+    requests: Iterable[Request], readers: Readers, target: Target, allocate: Allocate
+) -> Generator[Chunk, None, None]:
+    """The requests' bytes in chunks: adjacent tensors share one, a large tensor takes several."""
+    chunk: Chunk | None = None
+    for request in requests:
+        landing = _landing(request, target, allocate)
+        if chunk is not None and not chunk.continued_by(landing):
+            yield chunk
+            chunk = None
+        offset, end = 0, False
+        while not end:
+            if chunk is None:
+                begin = request.info.begin + offset
+                chunk = Chunk(request.file, begin, landing.in_host_memory, limit=readers.chunk_bytes)
+            offset += chunk.add(landing, offset)
+            end = offset == request.info.size_bytes
+            if chunk.full:
+                yield chunk
+                chunk = None
+    if chunk is not None:
+        yield chunk
+
+
+def _landing(request: Request, target: Target, allocate: Allocate) -> Landing:
+    given = allocate(request)
+    # normal tensors even when the caller infers: inference tensors cannot be updated in place later
+    with torch.inference_mode(False):
+        if given is None:
+            tensor = target.empty(request.info.torch_shape, request.info.torch_dtype)
+        else:
+            _check_given(request, given, target)
+            tensor = given.detach()
+        data = tensor.reshape(-1).view(torch.uint8)
+    in_host_memory = target.is_host_memory(tensor)
+    if given is not None and not in_host_memory:
+        target.borrow(tensor)
+    return Landing(
+        request, tensor if given is None else given, data.numpy().data if in_host_memory else data, given is None
+    )
+
+
+def _check_given(request: Request, given: Tensor, target: Target) -> None:
+    wanted = request.info.torch_dtype, request.info.torch_shape, True
+    found = given.dtype, tuple(given.shape), given.is_contiguous()
+    if found != wanted or given.device not in (target.device, torch.device("cpu")):
+        raise ValueError(
+            f"{request.info.name!r} is {wanted[0]} {list(wanted[1])} for {target.device}; it was given memory of "
+            f"{found[0]} {list(found[1])} on {given.device}, {'contiguous' if found[2] else 'not contiguous'}"
+        )
+
+
+def _log(count: int, size: int, seconds: float) -> None:
+    level = logging.INFO if size >= _LOGGED_BYTES else logging.DEBUG
+    speed = size / max(seconds, 1e-9) / 1e9
+    log.log(level, "read %d tensors, %.2f GB in %.2f s (%.1f GB/s)", count, size / 1e9, seconds, speed)
+
+
+def _never() -> bool:
+    return False
+
+
+def _none(request: Request) -> None:
+    return None

@@ -1,0 +1,404 @@
+"""What fills one network: the weights of its files, and what LoRAs have made of them.
+
+One routine, ``converge``, brings every weight from the state it is in to the state that a list of LoRAs asks for. Loading
+is convergence from nothing, a change of strength is convergence from the last list, and removing all LoRAs gives the
+base back bit for bit: every value is computed from the weight as the file has it, never from another merge.
+
+While a network is read for the first time, the list may still change: it is asked for weight by weight, the factors of a
+weight are read just before the weight itself, and the difference is formed on the device when both have landed. What was
+read too early is made up for at the end. A sum of several LoRAs has the order of the list, whatever came first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.packed import REPACKABLE, repack, unpack
+from .build import Source, check, sources_of
+from .changes import NO_CHANGES, Adapters, Changes, changes_by_parameter
+from .checkpoint import Checkpoint, TensorInfo
+from .linear import LowRank, PackedLinear, put
+from .lora.delta import add_deltas, factors
+from .lora.finite import FiniteCheck
+from .pristine import Pristine
+from .slot import BASE, Slot, State, Value, slots_of
+from .staged import Request, read_staged
+
+log = logging.getLogger("ltx2.loading")
+
+# memory is pinned piece by piece, so that stopping takes effect soon
+_PIECE_BYTES = 1 << 30
+_ALIGNMENT = 256
+
+M = TypeVar("M", bound=nn.Module)
+# whose tensor it is (the number of a change, None for the base), and its role
+Part = tuple[int | None, str]
+
+
+@dataclass(eq=False, slots=True)
+class _Task:
+    """A weight on its way to a state: what it needs of the files, and what of it has landed."""
+
+    slot: Slot
+    goal: State
+    changes: Changes
+    needs: list[Request] = field(default_factory=list)
+    landed: dict[Part, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Branches:
+    """The low-rank branches of one weight, in use or put aside."""
+
+    sources: tuple[Hashable, ...]
+    modules: nn.ModuleList
+
+
+class WeightStore:
+    """Fills a module and keeps track of what its weights hold. All methods belong to one thread at a time.
+
+    module: built on the meta device. sources: a file's weight for every parameter and persistent buffer.
+    device: where the network computes, and where its weights go unless they have memory of their own.
+    dtype: of floating-point weights that are not packed. keeps_packed: as in ``slots_of``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        sources: Sequence[Source],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        keeps_packed: Callable[[str], bool] = lambda name: False,
+    ):
+        self.module, self.device, self.dtype = module, device, dtype
+        self.pristine = Pristine()
+        self._branches: dict[str, _Branches] = {}
+        self._check = FiniteCheck()
+        self._slots = slots_of(module, sources, keeps_packed)
+        self._by_owner: dict[str, list[Slot]] = {}
+        for slot in self._slots:
+            self._by_owner.setdefault(slot.owner_name, []).append(slot)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every weight has been read."""
+        return all(slot.state is not None for slot in self._slots)
+
+    def full_bytes(self, part: nn.Module | None = None) -> int:
+        """Bytes of the network, or of a part of it, when it is complete."""
+        return sum(slot.nbytes(self.dtype) for slot in (self._slots if part is None else self._inside(part)))
+
+    def bytes_on(self, device: torch.device) -> int:
+        """Bytes held on a device, with what is kept for the way back."""
+        held = {id(t): t for t in (*self.module.parameters(), *self.module.buffers(), *self.pristine.tensors())}
+        held |= {id(t): t for branches in self._branches.values() for t in branches.modules.buffers()}
+        return sum(t.nbytes for t in held.values() if t.device == device)
+
+    def give_memory(self, part: nn.Module, take: Callable[[nn.Module], object]) -> None:
+        """Have ``take`` move a part of the network to memory of its own, where its weights stay from now on."""
+        slots = self._inside(part)
+        for slot in slots:
+            slot.give_dtype(self.dtype)
+        take(part)
+        for slot in slots:
+            slot.fixed = True
+
+    def take_memory(self, part: nn.Module) -> None:
+        """The opposite of ``give_memory``: the weights move to memory of the device."""
+        for slot in self._inside(part):
+            slot.fixed = False
+            there = self.device if slot.state is not None else torch.device("meta")
+            slot.set({role: tensor.to(there, copy=True) for role, tensor in slot.value().items()})
+
+    def touched(self, adapters: Adapters) -> tuple[int, bool]:
+        """Bytes of the weights that LoRAs change, and whether low-rank branches could do all of it."""
+        changes = changes_by_parameter(adapters)
+        slots = [slot for slot in self._slots if slot.name in changes]
+        return sum(slot.nbytes(self.dtype) for slot in slots), all(changes[slot.name].low_rank for slot in slots)
+
+    def expected_bytes(self, adapters: Adapters) -> int:
+        """How many bytes of files ``converge`` will read to reach the state of a list."""
+        return sum(need.info.size_bytes for task in self._tasks(adapters) for need in task.needs)
+
+    def forget(self) -> None:
+        """Give up what is kept for the way back and not in use."""
+        self.pristine.drop()
+        used = {slot.name for slot in self._slots if slot.state is not None and slot.state.beside}
+        self._branches = {name: branch for name, branch in self._branches.items() if name in used}
+
+    def keep_in(self, memory: Callable[[int], Tensor], stopped: Callable[[], bool]) -> None:
+        """Read the bases of merged weights into host memory, so that the way back needs no file.
+
+        memory: makes flat uint8 memory of a size, pinned where that is possible.
+        """
+        merged = [slot for slot in self._slots if slot.state is not None and slot.state.merged]
+        for slots in _pieces([slot for slot in merged if not self.pristine.has(slot.name)]):
+            if stopped():
+                return
+            infos = {(slot.name, role): info for slot in slots for role, info in slot.source.weight.parts.items()}
+            places = _carved(infos, memory)
+            requests = [
+                Request(slot.source.file, infos[slot.name, role], (slot.name, role))
+                for slot in slots
+                for role in slot.source.weight.parts
+            ]
+            self._read_into(places, requests, stopped)
+            for slot in slots:
+                parts = {role: places[slot.name, role] for role in slot.source.weight.parts}
+                self.pristine.keep_stored(slot.name, parts)
+
+    @staticmethod
+    def _read_into(places: Mapping[Hashable, Tensor], requests: Sequence[Request], stopped: Callable[[], bool]) -> None:
+        def place(request: Request) -> Tensor:
+            return places[request.tag]
+
+        for _ in read_staged(requests, device="cpu", allocate=place, stopped=stopped):
+            pass
+
+    def converge(
+        self,
+        wanted: Callable[[], Adapters],
+        *,
+        overlap: bool = True,
+        on_bytes: Callable[[int], None] | None = None,
+        stopped: Callable[[], bool] | None = None,
+    ) -> Adapters:
+        """Bring every weight to the state that ``wanted()`` asks for; returns the list that was reached.
+
+        overlap: read LoRAs while the base is read; off, they are read after it, with the same bits. Raises
+        CheckpointError for files that cannot be read and LoraError for factors that are no numbers. Each weight is then
+        in its old or its new state, and a later call goes on from there.
+        """
+        # weights are normal tensors also where the caller infers: inference tensors cannot be updated in place later
+        with torch.inference_mode(False), torch.no_grad():
+            return self._converge(wanted, overlap, on_bytes=on_bytes, stopped=stopped)
+
+    def _converge(self, wanted: Callable[[], Adapters], overlap: bool, **watch: Any) -> Adapters:
+        run = partial(self._run, **watch)
+        run(self._first_reading(wanted if overlap else tuple))
+        while True:
+            adapters = wanted()
+            tasks = list(self._tasks(adapters))
+            if not tasks:
+                self._check.finish()
+                return adapters
+            # what is in memory already needs no reading, and frees what it replaces
+            for task in tasks:
+                if not task.needs:
+                    self._arrive(task)
+            run(task for task in tasks if task.needs)
+
+    def _first_reading(self, wanted: Callable[[], Adapters]) -> Iterator[_Task]:
+        for slot in self._slots:
+            if slot.state is None:
+                yield self._task(slot, changes_by_parameter(wanted()).get(slot.name, NO_CHANGES))
+
+    def _tasks(self, adapters: Adapters) -> Iterator[_Task]:
+        """What has to be done to reach the state of a list."""
+        changes = changes_by_parameter(adapters)
+        for slot in self._slots:
+            ours = changes.get(slot.name, NO_CHANGES)
+            if slot.state is None or self._goal(slot, ours) != slot.state:
+                yield self._task(slot, ours)
+
+    def _run(self, tasks: Iterable[_Task], **watch: Any) -> None:
+        requests = (request for task in tasks for request in task.needs)
+        for request, tensor in read_staged(requests, device=self.device, allocate=self._memory, **watch):
+            task, number, role = request.tag
+            task.landed[number, role] = tensor
+            if number is not None:
+                self._check.note(request.file, [(request.info, tensor)])
+            if len(task.landed) == len(task.needs):
+                self._arrive(task)
+
+    # deciding ---------------------------------------------------------------------------------------------------------
+
+    def _goal(self, slot: Slot, changes: Changes) -> State:
+        if changes is NO_CHANGES:
+            return BASE
+        cannot_merge = slot.packed and slot.source.weight.format not in REPACKABLE
+        beside = changes.low_rank and (cannot_merge or self.pristine.policy == "side")
+        return State(beside=changes.key) if beside else State(merged=changes.key)
+
+    def _task(self, slot: Slot, changes: Changes) -> _Task:
+        task = _Task(slot, self._goal(slot, changes), changes)
+        if self._needs_factors(task):
+            for number, change in enumerate(changes.items):
+                for role, info in change.infos.items():
+                    task.needs.append(Request(change.file.checkpoint, info, (task, number, role)))
+        if self._needs_base(task):
+            for role, info in slot.source.weight.parts.items():
+                task.needs.append(Request(slot.source.file, info, (task, None, role)))
+        return task
+
+    def _needs_base(self, task: _Task) -> bool:
+        state = task.slot.state
+        if state is None:
+            return True
+        replaced = bool(state.merged) and state.merged != task.goal.merged
+        return replaced and not self.pristine.has(task.slot.name)
+
+    def _needs_factors(self, task: _Task) -> bool:
+        name, goal, state = task.slot.name, task.goal, task.slot.state
+        if goal.beside:
+            branches = self._branches.get(name)
+            return branches is None or branches.sources != task.changes.sources
+        in_place = not goal.merged or (state is not None and state.merged == goal.merged)
+        return not in_place and self.pristine.merged(name, goal.merged) is None
+
+    def _memory(self, request: Request) -> Tensor | None:
+        """The memory that a weight has already and that its bytes can be read into as they are."""
+        task, number, _ = request.tag
+        slot = task.slot
+        if number is not None or not slot.fixed or task.goal.merged or slot.source.weight.offset:
+            return None
+        if not slot.packed and slot.source.weight.format != "plain":
+            return None
+        tensor = slot.value().get(request.tag[2])
+        return tensor if tensor is not None and tensor.dtype == request.info.torch_dtype else None
+
+    # landing ----------------------------------------------------------------------------------------------------------
+
+    def _arrive(self, task: _Task) -> None:
+        slot, goal, before = task.slot, task.goal, task.slot.state
+        if before is None or before.merged != goal.merged:
+            base = self._base(task)
+            if goal.merged:
+                value = self.pristine.merged(slot.name, goal.merged) or self._merge(task, base)
+                self.pristine.keep(slot.name, base)
+            else:
+                value = base
+                if before is not None:
+                    self.pristine.put_aside(slot.name, before.merged, slot.value())
+            slot.set(value)
+        if goal.beside or (before is not None and before.beside):
+            self._set_branches(task)
+        slot.state = goal
+        task.landed.clear()
+
+    def _base(self, task: _Task) -> Value:
+        """The weight as the file has it, in the form in which the network holds it."""
+        slot, weight = task.slot, task.slot.source.weight
+        parts = {role: tensor for (number, role), tensor in task.landed.items() if number is None}
+        parts = parts or self.pristine.stored(slot.name, self.device) or {}
+        if not parts:
+            return self.pristine.base(slot.name) or slot.value()
+        if slot.packed:
+            return parts
+        if weight.format == "plain":
+            data = parts["data"]
+        else:
+            data = unpack(weight.format, parts, weight.shape, torch.float32 if weight.offset else self.dtype)
+        data = data + weight.offset if weight.offset else data
+        return {"data": data.to(self.dtype) if data.is_floating_point() else data}
+
+    def _merge(self, task: _Task, base: Value) -> Value:
+        slot, weight = task.slot, task.slot.source.weight
+        parts = [
+            (change.layer, {role: task.landed[number, role] for role in change.infos}, change.strength)
+            for number, change in enumerate(task.changes.items)
+        ]
+        if not slot.packed:
+            data = base["data"]
+            return {"data": add_deltas(data, parts, parity=task.changes.parity, dtype=data.dtype)}
+        unpacked = unpack(weight.format, base, weight.shape, torch.float32)
+        merged = add_deltas(unpacked, parts)
+        if weight.format in REPACKABLE:
+            return repack(weight.format, merged, base, name=weight.name)
+        return {"dense": merged.to(self.dtype)}
+
+    def _set_branches(self, task: _Task) -> None:
+        slot, items = task.slot, task.changes.items
+        linear = self._with_branches(slot)
+        if not task.goal.beside:
+            linear.branches = None
+            return
+        if task.landed:
+            self._branches[slot.name] = _Branches(task.changes.sources, self._new_branches(task))
+        linear.branches = self._branches[slot.name].modules
+        for branch, change in zip(linear.branches, items, strict=True):
+            branch.strength = change.strength
+
+    def _with_branches(self, slot: Slot) -> PackedLinear:
+        """The linear layer that holds a weight, as one that can have branches."""
+        linear = slot.owner
+        if isinstance(linear, PackedLinear):
+            return linear
+        assert isinstance(linear, nn.Linear)
+        new = PackedLinear(linear.weight, None, linear.bias)
+        put(self.module, slot.owner_name, new)
+        for other in self._by_owner[slot.owner_name]:
+            other.owner = new
+        return new
+
+    def _new_branches(self, task: _Task) -> nn.ModuleList:
+        branches = nn.ModuleList()
+        for number, change in enumerate(task.changes.items):
+            a, b, unit = factors(change.layer, {role: task.landed[number, role] for role in change.infos})
+            branches.append(LowRank(a.to(self.dtype), b.to(self.dtype), unit))
+        return branches
+
+    def _inside(self, part: nn.Module) -> list[Slot]:
+        prefix = next(name for name, module in self.module.named_modules() if module is part)
+        return [slot for slot in self._slots if slot.name.startswith(f"{prefix}.")]
+
+
+def _pieces(slots: Iterable[Slot]) -> Iterator[list[Slot]]:
+    """Slots in groups of about ``_PIECE_BYTES`` of their files."""
+    group: list[Slot] = []
+    for slot in slots:
+        group.append(slot)
+        if sum(one.source.weight.size_bytes for one in group) >= _PIECE_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _carved(infos: Mapping[Hashable, TensorInfo], memory: Callable[[int], Tensor]) -> dict[Hashable, Tensor]:
+    """A tensor for each, side by side in one piece of memory."""
+    ends = list(accumulate(-(-info.size_bytes // _ALIGNMENT) * _ALIGNMENT for info in infos.values()))
+    piece = memory(ends[-1])
+    return {
+        key: piece[start : start + info.size_bytes].view(info.torch_dtype).view(info.torch_shape)
+        for start, (key, info) in zip([0, *ends], infos.items(), strict=False)
+    }
+
+
+def load_component(
+    module: M,
+    files: Checkpoint | Sequence[Checkpoint],
+    component: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    adapters: Adapters = (),
+    on_bytes: Callable[[int], None] | None = None,
+) -> M:
+    """Fill a module that was built on the meta device from one file, or from several that hold it together.
+
+    All floating tensors get ``dtype`` (the transformer's F32 tables too: the reference rounds them at use); packed ones
+    are unpacked. The module is returned frozen and in inference behaviour. Raises before any data is read when the
+    headers do not fit; see ``check`` and ``WeightStore.converge`` for the errors.
+    """
+    files = (files,) if isinstance(files, Checkpoint) else files
+    check(module, files, component)
+    store = WeightStore(module, sources_of(files, component), device=torch.device(device), dtype=dtype)
+    store.converge(lambda: adapters, on_bytes=on_bytes)
+    return frozen(module)
+
+
+def frozen(module: M) -> M:
+    """The module for inference. AssertionError when it has a tensor that no file could fill."""
+    left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    assert not left, f"{type(module).__name__} has tensors that no file can fill: {left}"
+    return module.requires_grad_(False).train(False)

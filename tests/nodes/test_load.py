@@ -1,0 +1,141 @@
+"""LTX-2 Load Model: which files it offers, what it makes of a choice, and that separate files make the same clip."""
+
+import pytest
+import torch
+from ltx2_engine import cli
+from ltx2_engine.ltx2_core.host import use_host
+from ltx2_engine.ltx2_core.media import read_video
+from ltx2_engine.ltx2_core.paths import PathError
+from ltx2_engine.ltx2_core.standalone import StandaloneHost
+from ltx2_engine.ltx2_core.tiny import BUNDLE, TEXT_ENCODER, checkpoint_file, split_file, write_tiny_set
+from ltx2_engine.nodes.load import FROM_CHECKPOINT, LTX2LoadModel, _spec
+
+SPLIT = {
+    "checkpoint": "transformer",
+    "video_vae": "video-vae",
+    "audio_vae": "audio-vae",
+    "text_projection": "text-projection",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for label, layout in (("2.3", "full"), ("2.3", "split"), ("2.5", "split")):
+        write_tiny_set(root, label, layout)
+    return root
+
+
+def name(label, kind):
+    """What the node lists for a file of the split layout: its name without the folder."""
+    return split_file(label, kind).partition("/")[2]
+
+
+def split(label):
+    """The inputs of the node for separate files."""
+    encoder = BUNDLE if label == "2.5" else TEXT_ENCODER
+    chosen = {field: name(label, kind) for field, kind in SPLIT.items() if (label, field) != ("2.5", "text_projection")}
+    return {**chosen, "text_encoder": encoder}
+
+
+@pytest.fixture
+def offered(models):
+    """The choices of every input."""
+    with use_host(StandaloneHost([models], progress="quiet")):
+        sections = LTX2LoadModel.INPUT_TYPES()
+    fields = {**sections["required"], **sections["optional"]}
+    return {field: options["options"] for field, (_, options) in fields.items()}
+
+
+def test_checkpoints_and_transformer_files_are_offered(offered):
+    assert checkpoint_file("2.3") in offered["checkpoint"]
+    assert name("2.3", "transformer") in offered["checkpoint"]
+    assert name("2.3", "video-vae") not in offered["checkpoint"]
+
+
+def test_components_come_from_the_checkpoint_unless_told_otherwise(offered):
+    for field in ("video_vae", "audio_vae", "text_projection"):
+        assert offered[field][0] == FROM_CHECKPOINT
+        assert checkpoint_file("2.3") in offered[field], "a full checkpoint can serve"
+    assert name("2.3", "video-vae") in offered["video_vae"]
+    assert name("2.3", "text-projection") in offered["text_projection"]
+
+
+def test_gguf_transformers_are_offered(tmp_path):
+    (tmp_path / "diffusion_models").mkdir()
+    (tmp_path / "diffusion_models" / "ltx-2.3-Q4_K.gguf").touch()
+    with use_host(StandaloneHost([tmp_path], progress="quiet")):
+        assert LTX2LoadModel.INPUT_TYPES()["required"]["checkpoint"][1]["options"] == ["ltx-2.3-Q4_K.gguf"]
+
+
+def test_the_weights_of_a_text_encoders_folder_are_not_offered(offered):
+    assert not [choice for choices in offered.values() for choice in choices if choice.startswith(f"{TEXT_ENCODER}/")]
+
+
+def spec(models, **choices):
+    host = StandaloneHost([models], progress="quiet")
+    components = dict.fromkeys(("video_vae", "audio_vae", "text_projection"), FROM_CHECKPOINT)
+    with use_host(host):
+        return _spec(**{"dtype": "auto", "device": "cpu", **components, **choices})
+
+
+def test_choices_become_paths(models):
+    found = spec(models, **split("2.3"))
+    assert {field: getattr(found, field) for field in SPLIT} == {
+        field: models / split_file("2.3", kind) for field, kind in SPLIT.items()
+    }
+    full = spec(models, checkpoint=checkpoint_file("2.3"), text_encoder=TEXT_ENCODER)
+    assert (full.video_vae, full.audio_vae, full.text_projection) == (None, None, None)
+
+
+def test_a_name_in_two_folders_means_the_first(models, tmp_path):
+    for folder in ("checkpoints", "diffusion_models"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.safetensors").touch()
+    found = spec(models, checkpoint=checkpoint_file("2.3"), text_encoder=TEXT_ENCODER)
+    with use_host(StandaloneHost([tmp_path, models], progress="quiet")):
+        found = _spec("same.safetensors", TEXT_ENCODER, "auto", "cpu", *[FROM_CHECKPOINT] * 3)
+    assert found.checkpoint == tmp_path / "checkpoints" / "same.safetensors"
+
+
+def test_an_unknown_name_is_refused(models):
+    with pytest.raises(PathError, match=r"none\.safetensors"):
+        spec(models, **{**split("2.3"), "video_vae": "none.safetensors"})
+
+
+def test_a_replaced_component_runs_the_node_again(models):
+    path = models / split_file("2.3", "video-vae")
+    with use_host(StandaloneHost([models], progress="quiet")):
+        before = LTX2LoadModel.IS_CHANGED(**split("2.3"))
+        assert LTX2LoadModel.IS_CHANGED(**split("2.3")) == before
+        path.touch()
+        assert LTX2LoadModel.IS_CHANGED(**split("2.3")) != before
+
+
+def made(request, models, tmp_path, choices):
+    """The frames of a small clip by the shipped text-to-video workflow."""
+    settings = {
+        **{f"LTX2LoadModel.{field}": value for field, value in choices.items()},
+        "LTX2EmptyLatent.width": 64,
+        "LTX2EmptyLatent.height": 64,
+        "LTX2EmptyLatent.frames": 9,
+    }
+    sets = [part for field, value in settings.items() for part in ("--set", f"{field}={value}")]
+    places = ["--models", str(models), "--output", str(tmp_path)]
+    workflow = request.path.parents[2] / "workflows" / "api" / "text_to_video.json"
+    assert cli.main(["run", str(workflow), *sets, *places, "--quiet"]) == 0
+    [video] = tmp_path.rglob("*.mp4")
+    return read_video(video).images
+
+
+def test_separate_files_make_the_same_clip_as_the_full_checkpoint(request, models, tmp_path):
+    full = {"checkpoint": checkpoint_file("2.3"), "text_encoder": TEXT_ENCODER}
+    one, other = (made(request, models, tmp_path / str(i), choices) for i, choices in enumerate((full, split("2.3"))))
+    assert one.std() > 0.01
+    assert torch.equal(one, other)
+
+
+def test_ltx_2_5_makes_a_clip_with_the_convolutional_vae(request, models, tmp_path):
+    frames = made(request, models, tmp_path, split("2.5"))
+    assert frames.shape == (9, 64, 64, 3)
+    assert frames.std() > 0.01
