@@ -164,7 +164,9 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, torch.no_grad():
         path, lora = Path(folder) / "transformer.safetensors", Path(folder) / "lora.safetensors"
-        rows.append(Row("writing the files", timed(lambda: write_transformer(path, config, model, options.version)), "s"))
+        rows.append(
+            Row("writing the files", timed(lambda: write_transformer(path, config, model, options.version)), "s")
+        )
         write_lora(lora, model, options.rank)
         rows += measure(path, lora, model, options.repeat)
     print(write(options.out, f"load_{options.version}", rows).read_text())

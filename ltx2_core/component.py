@@ -18,6 +18,8 @@ from .loading.changes import Adapters
 from .loading.pinned import PinnedMemory
 from .loading.pristine import choose_policy
 from .loading.store import WeightStore, frozen
+from .memory_plan import SLOTS
+from .memory_sizes import RESERVE_BYTES, Stack
 from .streaming import Arena, BlockStream
 
 log = logging.getLogger("ltx2.engine")
@@ -26,9 +28,6 @@ M = TypeVar("M", bound=nn.Module)
 
 # progress is counted in units that are small next to a second of reading
 _PROGRESS_UNIT = 1 << 20
-SLOTS = 2
-# kept free for what PyTorch does not count: kernels that are loaded late, other programs
-RESERVE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -78,20 +77,26 @@ class Component(Generic[M]):
 
     # using ------------------------------------------------------------------------------------------------------------
 
-    def use(self, work_bytes: int, adapters: Adapters = ()) -> M:
+    def use(self, work_bytes: int, adapters: Adapters = (), *, streamed: int | None = None) -> M:
         """The network with these LoRAs, ready on its device, and room for ``work_bytes`` of activations beside it.
 
-        Blocks that do not fit are streamed. Raises HostOutOfMemory when not even that is possible, and the errors of
-        loading. The network may be used until the next call, or until the host asks for its memory.
+        streamed: how many blocks, counted from the last, are streamed; None streams those that do not fit. Raises
+        HostOutOfMemory when not even that is possible, and the errors of loading. The network may be used until the next
+        call, or until the host asks for its memory.
         """
         if self._loading is not None:
             self.want(adapters)
             self._join()
-        streamed = self._admit(work_bytes)
+        streamed = self._admit(work_bytes, streamed)
         if self._reached != adapters or streamed != len(self._arenas):
             self._converge(streamed, work_bytes, adapters)
         assert self._store is not None
         return self._store.module  # type: ignore[return-value]
+
+    def rest(self) -> None:
+        """Give back what only a running network needs: the slots of streamed blocks."""
+        if self._stream is not None:
+            self._stream.release()
 
     def start(self, spare_bytes: int, *, after: Component | None = None) -> None:
         """Begin to read in the background, unless the network and ``spare_bytes`` would not fit at once.
@@ -120,14 +125,15 @@ class Component(Generic[M]):
     def bytes_on(self, device: str) -> int:
         if self._store is None:
             return 0
-        slots = self._stream.slot_bytes if self._stream is not None and device == self.device else 0
+        slots = self._stream.device_bytes if self._stream is not None and device == self.device else 0
         return self._store.bytes_on(torch.device(device)) + slots
 
     def release(self, device: str, wanted: int | None) -> int:
         """Give up what is kept to undo LoRAs, and if that is not enough the weights; the next use reads them again."""
         before = self.bytes_on(device)
+        self.rest()
         if before and self._store is not None:
-            if self._loading is None:
+            if self._loading is None and (wanted is None or before - self.bytes_on(device) < wanted):
                 self._stop_keeping()
                 self._store.forget()
             if wanted is None or before - self.bytes_on(device) < wanted:
@@ -151,35 +157,54 @@ class Component(Generic[M]):
         store = self._the_store()
         return tuple(store.full_bytes(block) for block in self._files.blocks(store.module))
 
-    # placing ----------------------------------------------------------------------------------------------------------
-
-    def _admit(self, work_bytes: int) -> int:
-        """Make room with the host; returns how many blocks, counted from the last, have to be streamed."""
-        kept = 0 if self._store is None or self._arenas else max(self.bytes_on(self.device) - self.full_bytes, 0)
-        if self._limit is None:
-            try:
-                host().admit(self, self.device, self.full_bytes + kept, work_bytes)
-                return 0
-            except HostOutOfMemory:
-                if not self.block_bytes:
-                    raise
-        free = host().free_bytes(self.device) or 0
-        room = free + self.bytes_on(self.device) if self._limit is None else self._limit
-        streamed = self._fewest_streamed(room - work_bytes - RESERVE_BYTES)
-        host().admit(self, self.device, self._device_bytes(streamed), work_bytes)
-        return streamed
-
-    def _fewest_streamed(self, room: int) -> int:
-        """How many blocks have to be streamed for the weights to fit; all of them where even that does not suffice."""
-        counts = range(len(self.block_bytes) + 1)
-        return next((count for count in counts if self._device_bytes(count) <= room), len(self.block_bytes))
-
-    def _device_bytes(self, streamed: int) -> int:
+    def device_bytes(self, streamed: int) -> int:
         """Bytes of weights and slots on the device when the last ``streamed`` blocks are streamed."""
         if not streamed:
             return self.full_bytes
         blocks = self.block_bytes[len(self.block_bytes) - streamed :]
         return self.full_bytes - sum(blocks) + min(SLOTS, streamed) * max(blocks)
+
+    @property
+    def stack(self) -> Stack:
+        """The sizes that a memory plan needs."""
+        blocks = self.block_bytes
+        return Stack(self.full_bytes - sum(blocks), max(blocks, default=0), len(blocks))
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight in the network's files, on average."""
+        elements = sum(source.elements for source in self._files.sources)
+        return 8 * sum(source.weight.size_bytes for source in self._files.sources) / max(elements, 1)
+
+    # placing ----------------------------------------------------------------------------------------------------------
+
+    def _admit(self, work_bytes: int, streamed: int | None) -> int:
+        """Make room with the host; returns how many blocks, counted from the last, are streamed."""
+        kept = self._kept_bytes()
+        if streamed is None and self._limit is None:
+            try:
+                host().admit(self, self.device, self.full_bytes + kept, work_bytes)
+                return 0
+            except HostOutOfMemory:
+                if not self.block_bytes or self.device == "cpu":
+                    raise
+        if streamed is None:
+            free = host().free_bytes(self.device) or 0
+            room = free + self.bytes_on(self.device) if self._limit is None else self._limit
+            streamed = self._fewest_streamed(room - work_bytes - RESERVE_BYTES)
+        host().admit(self, self.device, self.device_bytes(streamed) + (0 if streamed else kept), work_bytes)
+        return streamed
+
+    def _kept_bytes(self) -> int:
+        """Bytes on the device beside the network: bases and merged weights that are not in use, branches."""
+        if self._reached is None:
+            return 0
+        return max(self.bytes_on(self.device) - self.device_bytes(len(self._arenas)), 0)
+
+    def _fewest_streamed(self, room: int) -> int:
+        """How many blocks have to be streamed for the weights to fit; all of them where even that does not suffice."""
+        counts = range(len(self.block_bytes) + 1)
+        return next((count for count in counts if self.device_bytes(count) <= room), len(self.block_bytes))
 
     def _choose_policy(self, adapters: Adapters, work_bytes: int) -> None:
         store = self._store

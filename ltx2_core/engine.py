@@ -5,57 +5,57 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .av import AV
-from .component import Component, NetworkFiles
+from .component import Component
+from .components import adapters_of, network_component, text_encoder_component, upsampler_component
 from .conditioning import state as tokens
 from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
-from .config.upsampler import UpsamplerConfig
 from .config.version import ModelVersion
 from .evaluate import EVALUATIONS
 from .host import Progress, host
 from .job import DecodedClip, SampleJob, check_job, check_latents
-from .loading.build import Source, sources_of
-from .loading.changes import Adapter, Adapters
+from .loading.build import sources_of
 from .loading.lora.file import read_lora, reference_factors
-from .loading.lora.report import Report, match
-from .loading.lora.strength import Strength
+from .memory_plan import MemoryPlan, plan_memory
+from .memory_sizes import Needs, Room
 from .model_files import ModelFiles
 from .model_spec import ModelSpec
-from .networks import FLOAT32_NETWORKS, NETWORKS, build_on_meta
+from .networks import FLOAT32_NETWORKS, NETWORKS
 from .phases import phase
 from .preflight import open_files
 from .presets import default_image_crf
 from .preview import Previewer
 from .sampling.denoise import Denoiser
-from .sampling.guidance import StreamGuidance, evaluation_mode, plan_passes
+from .sampling.guidance import GuidancePass, StreamGuidance, evaluation_mode, plan_passes
 from .sampling.noise import SamplerNoise, generator, noise_source, noised
 from .sampling.samplers import NEEDS_UNCOND, SAMPLERS, evaluations
 from .sampling.sigmas import check_sigmas
+from .sampling_memory import WorkBytes, sampling_work_bytes
 from .shapes import VIDEO_SPACE_FACTOR, VIDEO_TIME_FACTOR, ClipShape
-from .text import encoder_files, gemma
+from .text import gemma
 from .text.context import Context
 from .text.native import split_conditioning
-from .text.tokenizer import load_tokenizer, tokenize
-from .upsampler_files import build_upsampler, check_fits, read_upsampler
+from .text.tokenizer import Tokenizer, load_tokenizer, tokenize
+from .upsampler_files import check_fits, read_upsampler
 from .vae import tiling
 from .vae.audio import encode_waveform
 from .vae.upsampler import upsample
 
 _LOG = logging.getLogger("ltx2.engine")
 
-# Widths of a token's activations that live at once in a block: the feed-forward's hidden tokens decide.
-_LIVE_WIDTHS = 14
+# Measured: bytes of temporary memory a weight while a packed linear is unpacked
+_UNPACK_BYTES = {"fp8": 6, "fp8_cast": 2, "nvfp4": 9.25, "mxfp8": 6.25}
 # Hidden states of a 1024-token prompt, their copies in the projection, and the encoder's own work.
 _TEXT_WORK_BYTES = 2 << 30
 _AUDIO_WORK_BYTES = 1 << 30
@@ -81,12 +81,12 @@ class LocalEngine:
         self.device = torch.device(files.spec.device)
         self.dtype: torch.dtype = getattr(torch, files.spec.dtype)
         self._base = base
-        self._adapters, self.lora_report = _adapters(files)
+        self._adapters, self.lora_report = adapters_of(files)
         if base is not None:
             self._networks, self._text_encoder = base._networks, base._text_encoder
             return
-        self._networks = {name: _network(files, name, self._dtype_of(name)) for name in NETWORKS}
-        self._text_encoder = _text_encoder(files, self.dtype)
+        self._networks = {name: network_component(files, name, self._dtype_of(name)) for name in NETWORKS}
+        self._text_encoder = text_encoder_component(files, self.dtype)
         # the host keeps residents alive, so memory goes back when the last handle of this engine does
         weakref.finalize(self, _close_all, (*self._networks.values(), self._text_encoder))
 
@@ -105,7 +105,7 @@ class LocalEngine:
     def encode(self, prompt: str) -> Context:
         """Encode a prompt. Raises GemmaError or TokenizerError when the text encoder's folder is not usable."""
         with phase("text encoding", self.device), torch.no_grad():
-            ids = tokenize(load_tokenizer(self.files.text_encoder.tokenizer), prompt)
+            ids = tokenize(self._tokenizer, prompt)
             self.start()
             encoder = self._text_encoder.use(_TEXT_WORK_BYTES)
             layers = self.config.num_hidden_states - 1
@@ -143,14 +143,17 @@ class LocalEngine:
         sigmas = tuple(float(np.float32(sigma)) for sigma in check_sigmas(job.sigmas))
         with torch.no_grad():
             states = job.latent.conditioned(self._states(job.latent), _Encoders(self))
-            work = {mode: self._sampling_bytes(states, len(passes), mode) for mode in EVALUATIONS}
+            works = {mode: self._work(states, passes, mode, job) for mode in EVALUATIONS}
             free = self._free_bytes()
-            batched_fits = free is None or work["batched"] <= free
+            batched_fits = free is None or works["batched"](job.latent.clip).reserved <= free
             tokens_made = job.latent.clip.num_video_tokens
             mode = evaluation_mode(job.evaluation, len(passes), tokens_made, batched_fits=batched_fits)
+            work = works[mode](job.latent.clip)
+            plan = self._plan(job.latent.clip, works[mode])
             title = f"sampling, {len(sigmas) - 1} steps of {len(passes)} passes, {mode}"
             with phase(title, self.device):
-                model = self._networks["transformer"].use(work[mode], self._adapters)
+                streamed = None if plan is None else plan.streamed_blocks
+                model = self._networks["transformer"].use(work.reserved, self._adapters, streamed=streamed)
                 x = noised(states, min(sigmas[0], 1.0), self._noise(job))
                 states = states.map(_held)
                 evaluate = EVALUATIONS[mode](
@@ -184,12 +187,7 @@ class LocalEngine:
         check_fits(config, self.config.video_vae.latent_channels, label, upsampler.name, stated)
         clip = _upscaled(latent.clip, config.output_grid(*latent.clip.grid), temporal=config.temporal)
 
-        component: Component[nn.Module] = Component(
-            f"{config} upsampler",
-            NetworkFiles(partial(_upsampler_on_meta, config), sources_of((checkpoint,), "upsampler")),
-            device=str(self.device),
-            dtype=self.dtype,
-        )
+        component = upsampler_component(checkpoint, config, self.device, self.dtype)
         with phase(f"upscaling, {config}", self.device), torch.no_grad():
             statistics = self._networks["video_decoder"].use(0).per_channel_statistics
             work = math.prod(video.shape[:2]) * clip.num_video_tokens * _UPSAMPLER_BYTES_PER_ELEMENT
@@ -224,10 +222,13 @@ class LocalEngine:
         _close_all((*self._networks.values(), self._text_encoder))
 
     def _free_bytes(self) -> int | None:
-        """What work can take: free memory without what readings in the background will fill."""
-        free = host().free_bytes(str(self.device))
-        pending = sum(one.pending_bytes for one in (*self._networks.values(), self._text_encoder))
-        return None if free is None else max(free - pending, 0)
+        """What work can take: of free memory, and of the user's limit, without what is still being read."""
+        device, ours = str(self.device), (*self._networks.values(), self._text_encoder)
+        free, limit = host().free_bytes(device), self.files.spec.limit_bytes
+        if limit is not None:
+            held = sum(one.bytes_on(device) for one in ours)
+            free = limit - held if free is None else min(free, limit - held)
+        return None if free is None else max(free - sum(one.pending_bytes for one in ours), 0)
 
     def _dtype_of(self, network: str) -> torch.dtype:
         return torch.float32 if network in FLOAT32_NETWORKS else self.dtype
@@ -265,13 +266,88 @@ class LocalEngine:
         channels = self.config.audio_vae.latent_channels
         return noise_source(job.noise_layout, job.seed, self.device, audio_channels=channels)
 
-    def _sampling_bytes(self, states: AV[LatentState], num_passes: int, mode: str) -> int:
-        """Work space of an evaluation: batched passes all live at once, split ones wait with their hidden tokens."""
-        widths = _LIVE_WIDTHS * num_passes if mode == "batched" else _LIVE_WIDTHS + num_passes
-        elements = states.map(
-            lambda state, stream: math.prod(state.latent.shape[:2]) * stream.dim, self.config.transformer.streams
+    def _work(
+        self, states: AV[LatentState], passes: Sequence[GuidancePass], mode: str, job: SampleJob
+    ) -> Callable[[ClipShape], WorkBytes]:
+        """Work space of sampling, for this clip and for others with the same conditions."""
+        tokens = states.map(lambda state: state.latent.shape[1])
+        extra = AV(
+            None if tokens.video is None else tokens.video - job.latent.clip.num_video_tokens,
+            None if tokens.audio is None else tokens.audio - job.latent.clip.audio_latents,
         )
-        return sum(elements.present()) * widths * self.dtype.itemsize
+        batch = next(states.present()).latent.shape[0]
+        levels = states.map(lambda state: len(state.mask.unique()))
+        biased = states.map(lambda state: state.attention_mask is not None)
+        contexts = [c for c in (job.positive, job.negative) if c is not None]
+        text_tokens = max(part.shape[1] for context in contexts for part in context.features.present())
+
+        def work(clip: ClipShape) -> WorkBytes:
+            plain = AV(clip.num_video_tokens, clip.audio_latents)
+            return sampling_work_bytes(
+                self.config.transformer,
+                extra.map(lambda more, own: own + more, plain),
+                text_tokens,
+                batch=batch,
+                passes=len(passes),
+                mode=mode,
+                dtype=self.dtype,
+                levels=levels,
+                biased=biased,
+                sampler=job.sampler.name,
+                unpack_bytes=self._unpack_bytes,
+            )
+
+        return work
+
+    def _plan(self, clip: ClipShape, work: Callable[[ClipShape], WorkBytes]) -> MemoryPlan | None:
+        """What of the model lies where during this run, said in the log; None on the CPU, where nothing is streamed.
+
+        Raises HostOutOfMemory with ways out when the run does not fit.
+        """
+        device, transformer = str(self.device), self._networks["transformer"]
+        if self.device.type == "cpu":
+            return None
+        decoders = [self._networks[name] for name in ("video_decoder", "audio_decoder", "vocoder")]
+        ours = {id(one): one for one in (self._text_encoder, *self._networks.values())}.values()
+        needs = Needs(
+            transformer=transformer.stack,
+            text_encoder=self._text_encoder.stack,
+            text_head=self._networks["text_head"].full_bytes,
+            decoders=sum(one.full_bytes for one in decoders),
+            clip=clip,
+            encoding_work=_TEXT_WORK_BYTES,
+            sampling=work,
+            decoding=self._decode_plan,
+            transformer_bits=transformer.bits,
+            text_bits=self._text_encoder.bits,
+        )
+        needed = transformer.full_bytes + work(clip).reserved
+        host().make_room({device: needed - transformer.bytes_on(device)})
+        room = Room(
+            device=device,
+            free=(host().free_bytes(device) or 0) + sum(one.bytes_on(device) for one in ours),
+            host_free=(host().free_bytes("cpu") or 1 << 62) + transformer.bytes_on("cpu"),
+            budget=self.files.spec.limit_bytes,
+            others={d: host().free_bytes(d) or 0 for d in host().compute_devices() if d not in (device, "cpu")},
+        )
+        plan = plan_memory(needs, room)
+        _LOG.info("memory plan\n%s", plan)
+        return plan
+
+    def _decode_plan(self, clip: ClipShape, free: int) -> tiling.TilePlan:
+        shape = (1, self.config.video_vae.latent_channels, *clip.grid)
+        return tiling.plan_decode(self.config.video_vae, shape, self.dtype.itemsize, free, "auto")
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.files.text_encoder.tokenizer)
+
+    @cached_property
+    def _unpack_bytes(self) -> int:
+        """What unpacking the largest packed linear of the transformer holds at most."""
+        weights = (source.weight for source in sources_of(self.files.of("transformer"), "transformer"))
+        packed = (_UNPACK_BYTES.get(w.format, 7) * math.prod(w.shape) for w in weights if w.format != "plain")
+        return int(max(packed, default=0))
 
     def _result(self, latent: AVLatent, states: AV[LatentState], x: AV[Tensor]) -> AVLatent:
         target = x.map(lambda x, state: state.target(x).float().cpu(), states)
@@ -287,6 +363,8 @@ class LocalEngine:
     def _decode_video(self, video: Tensor, clip: ClipShape, choice: str) -> Tensor:
         plan_for = partial(tiling.plan_decode, self.config.video_vae, tuple(video.shape), self.dtype.itemsize)
         component = self._networks["video_decoder"]
+        self._networks["transformer"].rest()
+        self._make_room_in_limit(component.full_bytes, plan_for)
         # the memory of a stream is asked for; what is free beyond it decides whether the clip decodes at once
         decoder = component.use(plan_for(None, choice).work_bytes)
         plan = plan_for(self._free_bytes(), choice)
@@ -303,6 +381,16 @@ class LocalEngine:
                 done += chunk.shape[2]
         assert done == clip.frames, f"decoded {done} of {clip.frames} frames"
         return frames.flatten(0, 1)
+
+    def _make_room_in_limit(self, decoder_bytes: int, plan_for: Callable[[int | None, str], tiling.TilePlan]) -> None:
+        """Give up other weights where the user's limit would have the picture cut into tiles beside them."""
+        if self.files.spec.limit_bytes is None:
+            return
+        for one in (self._text_encoder, self._networks["text_head"], self._networks["transformer"]):
+            free = self._free_bytes()
+            if free is None or plan_for(max(free - decoder_bytes, 0), "auto").tile is None:
+                return
+            one.release(str(self.device), None)
 
     def _decode_audio(self, audio: Tensor) -> Tensor:
         decoder = self._networks["audio_decoder"].use(_AUDIO_WORK_BYTES)
@@ -371,63 +459,6 @@ def _upscaled(clip: ClipShape, grid: tuple[int, int, int], *, temporal: bool) ->
         width * VIDEO_SPACE_FACTOR,
         clip.fps * 2 if temporal else clip.fps,
     )
-
-
-def _adapters(files: ModelFiles) -> tuple[Adapters, Report | None]:
-    """The model's LoRAs, and what they do to its transformer."""
-    adapters = tuple(
-        Adapter(read_lora(one.path), Strength(one.strength * one.video, one.strength * one.audio), one.parity)
-        for one in files.spec.loras
-    )
-    if not adapters:
-        return (), None
-    shapes = {source.name: source.weight.shape for source in sources_of(files.of("transformer"), "transformer")}
-    report = match(shapes, [(one.file, one.strength) for one in adapters], parity=adapters[0].parity)
-    report.log()
-    return adapters, report
-
-
-def _network(files: ModelFiles, name: str, dtype: torch.dtype) -> Component[Any]:
-    streams = name == "transformer"
-    return Component(
-        name.replace("_", " "),
-        NetworkFiles(
-            partial(build_on_meta, name, files.config),
-            sources_of(files.of(name), name),
-            keeps_packed=lambda name: streams and name.startswith("blocks."),
-            blocks=lambda module: module.blocks if streams else (),
-        ),
-        device=files.spec.device,
-        dtype=dtype,
-        limit=files.spec.limit_bytes if streams else None,
-    )
-
-
-def _text_encoder(files: ModelFiles, dtype: torch.dtype) -> Component[Any]:
-    encoder, device = files.text_encoder, torch.device(files.spec.device)
-
-    def build() -> nn.Module:
-        with torch.device("meta"):
-            return encoder_files.build(encoder)
-
-    return Component(
-        "text encoder",
-        NetworkFiles(
-            build,
-            [Source(name, file, weight) for file, weight, name in encoder.needed()],
-            finish=lambda module: gemma.fill_buffers(module, device),
-            keeps_packed=lambda name: name.startswith("layers."),
-            blocks=lambda module: module.layers,
-        ),
-        device=files.spec.device,
-        dtype=dtype,
-        limit=files.spec.limit_bytes,
-    )
-
-
-def _upsampler_on_meta(config: UpsamplerConfig) -> nn.Module:
-    with torch.device("meta"):
-        return build_upsampler(config)
 
 
 def _close_all(components: tuple[Component, ...]) -> None:

@@ -108,7 +108,11 @@ class ModelSpec:
 
 
 def _text_encoder_files(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".model")) if path.is_dir() else [path]
+    return (
+        sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".model"))
+        if path.is_dir()
+        else [path]
+    )
 
 
 def _identity(path: Path) -> Identity:

@@ -44,4 +44,7 @@ class _WithoutValues(TorchFunctionMode):
     _INITIAL = frozenset((torch.nn.init.kaiming_uniform_, torch.nn.init.uniform_))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func in self._INITIAL and args else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in self._INITIAL:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

@@ -6,11 +6,7 @@ of its own. Events keep copies and computation apart; the host waits for neither
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-import mmap
-import sys
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -18,11 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-log = logging.getLogger("ltx2.streaming")
+from .loading.pinned import PinnedMemory
 
 # no load of a GPU wants more
 _ALIGNMENT = 256
-_FOR_ALL_DEVICES = 1  # cudaHostRegisterPortable
 _ATTRIBUTE = "_ltx2_arena"
 
 
@@ -49,12 +44,8 @@ class Arena:
             places.append(_Place(end, tensor.nbytes, tensor.dtype, tensor.shape))
             end += _rounded_up(tensor.nbytes, _ALIGNMENT)
         self.layout = tuple(places)
-        on_host = device.type == "cpu"
-        self.memory = _pages(end) if on_host else _bytes(end, device)
-        self.pinned = on_host and _pin(self.memory)
-        self._unpin = weakref.finalize(self, _unpin, self.memory) if self.pinned else None
-        if self._unpin is not None:
-            self._unpin.atexit = False  # the process takes its pages with it
+        self._host = PinnedMemory(end) if device.type == "cpu" else None
+        self.memory = _bytes(end, device) if self._host is None else self._host.memory
         self._home = self.views(self.memory)
         self.tensors = tuple(_taken_in(tensor, view) for tensor, view in zip(tensors, self._home, strict=True))
 
@@ -90,6 +81,10 @@ class Arena:
     def size_bytes(self) -> int:
         return self.memory.nbytes
 
+    @property
+    def pinned(self) -> bool:
+        return self._host is not None and self._host.pinned
+
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these very tensors lie in ``memory``, and no others."""
         return [(id(t), t.data_ptr()) for t in tensors] == [
@@ -111,9 +106,8 @@ class Arena:
 
     def close(self) -> None:
         """Unpin the memory, from which no copy may be under way; it goes with the last tensor that lies in it."""
-        if self._unpin is not None:
-            self._unpin()
-        self.pinned = False
+        if self._host is not None:
+            self._host.close()
 
 
 def _taken_in(tensor: Tensor, view: Tensor) -> Tensor:
@@ -319,42 +313,6 @@ def _bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
     # a normal tensor, which may be written inside and outside of inference mode
     with torch.inference_mode(False):
         return torch.empty(count, dtype=torch.uint8, device=device)
-
-
-def _pages(count: int) -> Tensor:
-    """Host memory in pages of its own, large ones where the system has them: those are pinned much faster."""
-    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-    pages = mmap.mmap(-1, max(_rounded_up(count, mmap.PAGESIZE), mmap.PAGESIZE), **private)
-    with contextlib.suppress(AttributeError, OSError):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    with torch.inference_mode(False):
-        return torch.frombuffer(pages, dtype=torch.uint8)
-
-
-def _pin(memory: Tensor) -> bool:
-    """Lock ordinary memory for fast copies; PyTorch's own pinned memory would be rounded up to a power of two."""
-    if not torch.cuda.is_available():
-        return False
-    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _FOR_ALL_DEVICES))
-    if code != 0:
-        # the runtime keeps the error for whoever launches the next kernel
-        with contextlib.suppress(RuntimeError):
-            torch.ones(1, device="cuda")
-        _warn_pageable(code)
-    return code == 0
-
-
-def _unpin(memory: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
-
-
-@functools.cache
-def _warn_pageable(code: int) -> None:
-    log.warning(
-        "host memory cannot be pinned (CUDA error %d): streamed blocks are copied from pageable memory, about half as "
-        "fast. In a container, raise its limit of locked memory (ulimit -l)",
-        code,
-    )
 
 
 def _rounded_up(count: int, unit: int) -> int:

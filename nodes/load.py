@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..ltx2_core.host import host
 from ..ltx2_core.model_spec import DTYPES, ModelSpec
 from . import links
-from .fields import COMBO
+from .fields import COMBO, FLOAT
 
 FROM_CHECKPOINT = "from the checkpoint"
 
@@ -16,12 +16,12 @@ _TEXT_PROJECTION = ("text_encoders", "checkpoints")
 
 
 class LTX2LoadModel:
-    """Names the files of a model and checks that they belong together. Weights are read when they are first used."""
+    """Names the files of a model, checks that they belong together and begins to read them in the background."""
 
     CATEGORY = "LTX-2 Engine/loading"
     DESCRIPTION = (
         "Opens an LTX-2 model: one full checkpoint, or a transformer file with files of its VAEs and text projection, and a "
-        "text encoder. Headers are checked at once, all together; weights are read when they are first used."
+        "text encoder. Headers are checked at once, all together; weights are read in the background from then on."
     )
     SEARCH_ALIASES = ["ltx", "ltxv", "checkpoint", "load ltx-2", "diffusion model", "unet", "gguf"]
     FUNCTION = "execute"
@@ -75,6 +75,15 @@ class LTX2LoadModel:
                     "full checkpoint can be taken too. A text encoder file of LTX-2.5 brings its own.",
                     advanced=True,
                 ),
+                "memory_limit": FLOAT(
+                    0.0,
+                    0.0,
+                    1024.0,
+                    "The most GiB of the device that the model may take, weights and work together. 0 takes what the host "
+                    "has free. What does not fit is streamed from main memory.",
+                    step=0.5,
+                    advanced=True,
+                ),
             },
         }
 
@@ -88,8 +97,9 @@ class LTX2LoadModel:
         video_vae=FROM_CHECKPOINT,
         audio_vae=FROM_CHECKPOINT,
         text_projection=FROM_CHECKPOINT,
+        memory_limit=0.0,
     ):
-        return str(_spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection))
+        return str(_spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection, memory_limit))
 
     @classmethod
     def execute(
@@ -101,14 +111,16 @@ class LTX2LoadModel:
         video_vae=FROM_CHECKPOINT,
         audio_vae=FROM_CHECKPOINT,
         text_projection=FROM_CHECKPOINT,
+        memory_limit=0.0,
     ):
         from ..ltx2_core.engine import ModelHandle, open_engine
 
-        spec = _spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection)
-        return (ModelHandle(spec, open_engine(spec)),)
+        spec = _spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection, memory_limit)
+        # the node is done while its threads read, and prompts are encoded meanwhile
+        return (ModelHandle(spec, open_engine(spec)).start(),)
 
 
-def _spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection):
+def _spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection, memory_limit):
     return ModelSpec.of(
         _resolved(_CHECKPOINT, checkpoint),
         host().resolve_text_encoder(text_encoder),
@@ -117,6 +129,7 @@ def _spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_pr
         video_vae=_component(_VAE, video_vae),
         audio_vae=_component(_VAE, audio_vae),
         text_projection=_component(_TEXT_PROJECTION, text_projection),
+        limit_gib=memory_limit,
     )
 
 

@@ -1,7 +1,7 @@
 """The machinery of ``staged.py``: threads that read chunks of files, and the memory that the bytes go to.
 
-A chunk is a run of bytes of one file that belong to one or more tensors. Its bytes are read straight into tensors in host
-memory; those for another device are read into a slot, a pinned buffer, and copied from there while the next are read.
+A chunk is a run of bytes of one file that belong to one or more tensors. Tensors in host memory are read into
+directly; bytes for another device are read into a slot, a pinned buffer, and copied from there while the next are read.
 Chunk number n uses slot n modulo the number of slots, so a slot is free when the chunk that had it has been waited for
 and the copies out of it are over.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -29,11 +30,11 @@ from .checkpoint import Checkpoint, CheckpointError, TensorInfo
 log = logging.getLogger("ltx2.loading")
 
 # a power of two: pinned memory is handed out in powers of two
-CHUNK_BYTES = 16 * 1024 * 1024
+CHUNK_BYTES = 32 * 1024 * 1024
 # what slow disks are asked for at once, so that a stop takes effect within a second
 MIN_CHUNK_BYTES = 4 * 1024 * 1024
 SLOTS = 16
-MAX_THREADS = 8
+MAX_THREADS = 12
 # below os.preadv's limit of 1024 buffers
 _MAX_TENSORS = 256
 # waiting for a disk takes no core
@@ -59,8 +60,8 @@ class Request:
 class Landing:
     """A tensor and the request that it answers.
 
-    target: its bytes, writable memory of the host or a flat uint8 tensor of another device. fresh: made for the request,
-    not given by the caller. events: one for each copy into it.
+    target: its bytes, writable memory of the host (a memoryview) or a flat uint8 tensor of another device. fresh: made
+    for the request, not given by the caller. events: one for each copy into it.
     """
 
     request: Request
@@ -123,6 +124,9 @@ class Target:
     def __init__(self, device: torch.device):
         self.device = device
 
+    def begin(self) -> None:
+        """Called first, in the thread of whoever consumes the tensors."""
+
     def enter_thread(self) -> None:
         """Called first in every thread that copies."""
 
@@ -161,6 +165,11 @@ class CudaTarget(Target):
         self._pinning = threading.Lock()
         self._pinned = True
 
+    def begin(self) -> None:
+        # asked for once: that takes long, and there are thousands of tensors
+        self._consumer = torch.cuda.current_stream(self.device)
+        self._current = torch.cuda.current_stream()
+
     def enter_thread(self) -> None:
         torch.cuda.set_device(self.device)
         torch.cuda.set_stream(self._stream)
@@ -177,11 +186,15 @@ class CudaTarget(Target):
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # memory that the copy stream may write to without waiting for the caller's
-        with torch.cuda.stream(self._stream):
+        torch.cuda.set_stream(self._stream)
+        try:
             return super().empty(shape, dtype)
+        finally:
+            # of the caller's device, which may be another one
+            torch.cuda.set_stream(self._current)
 
     def borrow(self, tensor: Tensor) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._stream.wait_stream(self._consumer)
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
         for to, source in pairs:
@@ -192,14 +205,13 @@ class CudaTarget(Target):
         return event
 
     def hand_over(self, landing: Landing) -> None:
-        stream = torch.cuda.current_stream(self.device)
         for event in landing.events:
-            stream.wait_event(event)
+            self._consumer.wait_event(event)
         if landing.fresh:
-            landing.tensor.record_stream(stream)
+            landing.tensor.record_stream(self._consumer)
 
     def close(self) -> None:
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        self._consumer.wait_stream(self._stream)
 
 
 @functools.cache
@@ -289,6 +301,33 @@ def _failure(chunk: Chunk, error: Exception) -> CheckpointError:
 
 
 # threads -------------------------------------------------------------------------------------------------------------
+
+
+class QuickSwitches:
+    """While any of these is entered, threads of Python take turns every half millisecond instead of every five.
+
+    A reader needs its turn a few times for every chunk, and whoever consumes the tensors is busy all the while.
+    """
+
+    _SECONDS = 0.0005
+    _lock = threading.Lock()
+    _entered = 0
+    _before = 0.0
+
+    def __enter__(self) -> None:
+        kind = QuickSwitches
+        with kind._lock:
+            if kind._entered == 0:
+                kind._before = sys.getswitchinterval()
+                sys.setswitchinterval(min(kind._before, kind._SECONDS))
+            kind._entered += 1
+
+    def __exit__(self, *exc: object) -> None:
+        kind = QuickSwitches
+        with kind._lock:
+            kind._entered -= 1
+            if kind._entered == 0:
+                sys.setswitchinterval(kind._before)
 
 
 class Readers:

@@ -5,6 +5,7 @@ Files are read, never mapped: a mapped file that is cut short while in use ends 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -13,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .ring import Chunk, Landing, Readers, Request, Target, target_of
+from .ring import Chunk, Landing, QuickSwitches, Readers, Request, Target, target_of
 
 __all__ = ["Request", "read_staged"]
 
@@ -36,18 +37,18 @@ def read_staged(
 ) -> Iterator[tuple[Request, Tensor]]:
     """Read tensors in the order of the requests, each as (request, tensor) on ``device``.
 
-    A tensor has the file's dtype and shape; one of a type that torch lacks is uint8 [size in bytes]. It is ready for the
-    stream that is current when it is handed over. Requests that follow one another in a file are read together.
+    A tensor has the file's dtype and shape; one of a type that torch lacks is uint8 [size in bytes]. It is ready for
+    the stream that is current when the first one is asked for. Requests that follow one another in a file are read together.
 
     requests: taken one by one, at most ``ring.SLOTS`` chunks ahead of the tensor that is handed over.
     allocate: called with a request as it is taken; returns a contiguous tensor of its dtype and shape that the bytes go
     to, on ``device`` or in host memory, or None for memory of their own.
     on_bytes: called with the number of bytes read since its last call, between two tensors. stopped: polled, from other
-    threads too. threads: how many read; by default as many as there are cores, 4 to 8.
+    threads too. threads: how many read; by default as many as there are cores, 4 to 12.
 
-    Raises Interrupted when ``stopped`` returns True, CheckpointError in place of a tensor whose file cannot be read, ends
-    early or was changed since its header was read, and what requests, allocate and on_bytes raise. However the reading
-    ends, exhausted, closed or by an error, it leaves no thread and no copy behind.
+    Raises Interrupted when ``stopped`` returns True, CheckpointError in place of a tensor whose file cannot be read,
+    ends early or was changed since its header was read, ValueError for unfit memory, and what requests, allocate and
+    on_bytes raise. However the reading ends, exhausted, closed or by an error, it leaves no thread and no copy behind.
     """
     target = target_of(torch.device(device))
     readers = Readers(target, stopped or _never, threads)
@@ -56,6 +57,9 @@ def read_staged(
     chunk: Chunk | None = None
     landing: Landing | None = None
     started, count, size = time.monotonic(), 0, 0
+    target.begin()
+    quick = QuickSwitches()
+    quick.__enter__()
     try:
         while True:
             while len(flying) < readers.depth and (chunk := next(chunks, None)) is not None:
@@ -75,6 +79,7 @@ def read_staged(
             if chunk.error is not None:
                 raise chunk.error
     finally:
+        quick.__exit__()
         readers.close()
         # the frame lives on in the traceback of an error: it lets go of the tensors
         chunks.close()
@@ -110,7 +115,7 @@ def _plan(
 def _landing(request: Request, target: Target, allocate: Allocate) -> Landing:
     given = allocate(request)
     # normal tensors even when the caller infers: inference tensors cannot be updated in place later
-    with torch.inference_mode(False):
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
         if given is None:
             tensor = target.empty(request.info.torch_shape, request.info.torch_dtype)
         else:

@@ -37,6 +37,8 @@ log = logging.getLogger("ltx2.loading")
 # memory is pinned piece by piece, so that stopping takes effect soon
 _PIECE_BYTES = 1 << 30
 _ALIGNMENT = 256
+# factors of that many bytes of weights are read in one go
+_GROUP_BYTES = 256 << 20
 
 M = TypeVar("M", bound=nn.Module)
 # whose tensor it is (the number of a change, None for the base), and its role
@@ -211,8 +213,7 @@ class WeightStore:
                 yield self._task(slot, ours)
 
     def _run(self, tasks: Iterable[_Task], **watch: Any) -> None:
-        requests = (request for task in tasks for request in task.needs)
-        for request, tensor in read_staged(requests, device=self.device, allocate=self._memory, **watch):
+        for request, tensor in read_staged(_requests(tasks), device=self.device, allocate=self._memory, **watch):
             task, number, role = request.tag
             task.landed[number, role] = tensor
             if number is not None:
@@ -350,6 +351,21 @@ class WeightStore:
     def _inside(self, part: nn.Module) -> list[Slot]:
         prefix = next(name for name, module in self.module.named_modules() if module is part)
         return [slot for slot in self._slots if slot.name.startswith(f"{prefix}.")]
+
+
+def _requests(tasks: Iterable[_Task]) -> Iterator[Request]:
+    """What tasks need, so many at a time that long pieces of every file are read together; factors before weights."""
+    group: list[Request] = []
+    for task in tasks:
+        group += task.needs
+        if sum(request.info.size_bytes for request in group) >= _GROUP_BYTES:
+            yield from sorted(group, key=_factors_first)
+            group = []
+    yield from sorted(group, key=_factors_first)
+
+
+def _factors_first(request: Request) -> tuple[bool, str, int]:
+    return request.tag[1] is None, str(request.file.path), request.info.begin
 
 
 def _pieces(slots: Iterable[Slot]) -> Iterator[list[Slot]]:

@@ -568,15 +568,3 @@ def test_blocks_move_between_host_and_device():
     Arena.of(model.blocks[RESIDENT - 1])
     BlockStream([model.blocks[RESIDENT - 1], *model.blocks[RESIDENT + 1 :]], device="cuda")
     assert same_bits(sampled(model, PLAIN, "split"), want)
-
-
-@gpu
-def test_memory_that_cannot_be_pinned_is_used_as_it_is(monkeypatch, caplog):
-    streaming._warn_pageable.cache_clear()
-    memory = streaming._pages(1 << 20)
-    assert streaming._pin(memory)
-    assert not streaming._pin(memory), "pinned twice"
-    assert not streaming._pin(memory)
-    assert len([r for r in caplog.records if "pinned" in r.message]) == 1
-    torch.ones(1, device="cuda").add_(1).item()  # the failure is not left behind for the next kernel
-    streaming._unpin(memory)

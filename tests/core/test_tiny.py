@@ -18,7 +18,7 @@ from ltx2_engine.ltx2_core.sampling.noise import TokenNoise, noised
 from ltx2_engine.ltx2_core.sampling.samplers import SamplerChoice
 from ltx2_engine.ltx2_core.shapes import ClipShape
 from ltx2_engine.ltx2_core.testing import assert_close, unfold_blocks
-from ltx2_engine.ltx2_core.tiny import checkpoint_file, tiny_config, write_tiny_checkpoint
+from ltx2_engine.ltx2_core.tiny import checkpoint_file, tiny_config, write_tiny_checkpoint, write_tiny_set
 
 CLIP = ClipShape(17, 64, 96, 24.0)
 
@@ -49,6 +49,38 @@ def test_the_2_5_file_holds_the_transformer_and_its_connectors(tmp_path):
     assert "model.diffusion_model.keyframes_abs_pos_embedding" in header.tensors
     assert "model.diffusion_model.transformer_blocks.0.ff.net.0.proj.bias" not in header.tensors
     assert {name.split(".")[0] for name in header.tensors} == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("label", "layout", "folders"),
+    [
+        ("2.0", None, ["checkpoints", "text_encoders", "loras", "latent_upscale_models"]),
+        (
+            "2.3",
+            "split",
+            ["diffusion_models", "vae", "vae", "text_encoders", "text_encoders", "loras", "latent_upscale_models"],
+        ),
+        ("2.5", None, ["diffusion_models", "vae", "vae", "text_encoders", "loras", "latent_upscale_models"]),
+    ],
+)
+def test_a_set_lies_in_comfyuis_folders(tmp_path, label, layout, folders):
+    paths = write_tiny_set(tmp_path, label, layout)
+    assert [path.relative_to(tmp_path).parts[0] for path in paths] == folders
+    assert all(path.exists() for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("label", "layout", "message"),
+    [
+        ("2.4", None, r"choose 2\.0, 2\.3, 2\.5"),
+        ("2.3", "half", "choose full or split"),
+        ("2.5", "full", "no layout 'full' of version 2.5; choose split"),
+    ],
+)
+def test_sets_that_cannot_be(tmp_path, label, layout, message):
+    with pytest.raises(ValueError, match=message):
+        write_tiny_set(tmp_path, label, layout)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("label", ["1.0", "2.4"])

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, TensorInfo
 from .errors import lora_error, shown
 
-
 # tensors that are asked about together
 _GROUP = 16
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from ltx2_engine.ltx2_core.config.released import LABELS, released_config
-from ltx2_engine.ltx2_core.config.version import ModelVersion, VersionError, layout, looks_like, recognise
+from ltx2_engine.ltx2_core.config.version import ModelVersion, VersionError, is_lora, layout, looks_like, recognise
 from ltx2_engine.ltx2_core.testing import unfold_blocks
 
 DATA = Path(__file__).parents[2] / "data"
@@ -122,6 +122,17 @@ def test_video_vae_files_have_a_layout(label, expected, prefix):
 def test_audio_files_have_a_layout(label, expected):
     tensors = AUDIO[label]["tensors"]
     assert layout({}, tensors["audio_vae"] | tensors["vocoder"]) == expected
+
+
+@pytest.mark.parametrize(("name", "expected"), [("aggregate_embed", "2.0"), ("video_aggregate_embed", "2.3")])
+def test_text_projections_have_a_layout(name, expected):
+    assert layout({}, {f"text_embedding_projection.{name}.weight": (4096, 188160)}) == expected
+
+
+@pytest.mark.parametrize("end", ["lora_A.weight", "lora_down.weight", "hada_w1_a", "lokr_w1", "diff", "diff_b"])
+def test_changes_of_weights_are_no_weights(end):
+    assert is_lora([PREFIX + "transformer_blocks.0.attn1.to_q." + end])
+    assert not is_lora([PREFIX + "transformer_blocks.0.attn1.to_q.weight"])
 
 
 def test_files_without_a_known_layout():

@@ -1,4 +1,4 @@
-"""The staged reader: what the safetensors library reads, whatever the layout, the device's pace and the interruptions."""
+"""The staged reader: what the safetensors library reads, whatever the layout, the device's pace and the end."""
 
 import contextlib
 import errno
@@ -105,7 +105,7 @@ class Late(ring.Target):
 
 @pytest.fixture(params=["host", "plain", "late", "mixed"])
 def path_to_memory(request, monkeypatch):
-    """Straight into host memory; through slots with copies that end at once, or late; or as the tensor is given or not."""
+    """Straight into host memory; through slots with copies that end at once, or late; or by who made the tensor."""
     if request.param == "plain":
         monkeypatch.setattr(ring.Target, "is_host_memory", lambda self, tensor: False)
     elif request.param in ("late", "mixed"):
@@ -450,7 +450,7 @@ def test_slow_disks_are_asked_for_less_at_once(file, sizes, monkeypatch):
     assert asked[-2] == 8, "and shrink"
 
 
-# memory that the caller gives ------------------------------------------------------------------------------------------
+# memory that the caller gives ----------------------------------------------------------------------------------------
 
 
 def test_bytes_go_to_the_memory_that_the_caller_gives(file, path_to_memory, sizes):

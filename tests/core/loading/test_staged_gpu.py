@@ -137,24 +137,19 @@ def test_the_callers_memory_is_overwritten_only_when_its_stream_is_done_with_it(
         assert all(same(copies[name], want[name]) for name in want)
 
 
-def test_the_stream_that_is_current_at_each_tensor_waits_for_it(file, small_ring):
+def test_the_stream_that_is_current_at_the_first_tensor_waits_for_all(file, small_ring):
     header = file({f"{i:04}": random_tensor(torch.uint8, (999,), i) for i in range(500)})
     want = load_file(header.path)
-    streams = [torch.cuda.Stream() for _ in range(3)]
+    stream = torch.cuda.Stream()
     copies = {}
     # the copies are held up, so that a stream that does not wait reads what was there before
     with torch.cuda.stream(ring._copy_stream(torch.cuda.current_device())):
         torch.cuda._sleep(LATE_CYCLES)
     results = read_staged(requests_of(header), device="cuda")
-    previous = torch.cuda.current_stream()
-    try:
-        for n in range(len(want)):
-            torch.cuda.set_stream(streams[n % 3])
-            request, tensor = next(results)
+    with torch.cuda.stream(stream):
+        for request, tensor in results:
             copies[request.tag] = tensor.clone()
-    finally:
-        torch.cuda.set_stream(previous)
-    results.close()
+        assert torch.cuda.current_stream() == stream
     torch.cuda.synchronize()
     assert all(same(copies[name], want[name]) for name in want)
 

@@ -1,0 +1,27 @@
+import pytest
+import torch
+from ltx2_engine.ltx2_core.loading import pinned
+from ltx2_engine.ltx2_core.loading.pinned import PinnedMemory
+
+
+def test_memory_has_at_least_the_bytes_asked_for():
+    for count in (0, 1, 4096, 4097):
+        made = PinnedMemory(count)
+        assert made.memory.dtype == torch.uint8
+        assert made.memory.nbytes >= count
+        made.memory.fill_(7)
+        made.close()
+        assert not made.pinned
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(caplog):
+    pinned._warn_pageable.cache_clear()
+    memory = pinned._pages(1 << 20)
+    assert pinned._pin(memory)
+    assert not pinned._pin(memory), "pinned twice"
+    assert not pinned._pin(memory)
+    assert len([r for r in caplog.records if "pinned" in r.message]) == 1
+    torch.ones(1, device="cuda").add_(1).item()  # the failure is not left behind for the next kernel
+    pinned._unpin(memory)
