@@ -6,14 +6,17 @@ import contextlib
 import json
 import math
 import struct
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pack  # noqa: F401
 import torch
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.config.released import released_config
 from ltx2_engine.ltx2_core.config.upsampler import UpsamplerConfig
+from ltx2_engine.ltx2_core.host import Interrupted
 from ltx2_engine.ltx2_core.loading import staged, store
 from ltx2_engine.ltx2_core.loading.keymap import checkpoint_name, transformer_checkpoint_name
 from ltx2_engine.ltx2_core.networks import NETWORKS, build_on_meta
@@ -41,9 +44,12 @@ GEMMA_12B = {
 }
 
 
-def write_full_size(root: Path, label: str) -> tuple[str, str]:
-    """Lay out a released checkpoint and Gemma 3 12B below ``root``; returns their names in the model folders."""
-    config = released_config(label)
+def write_full_size(root: Path, label: str, config: Mapping[str, Any] | None = None) -> tuple[str, str]:
+    """Lay out a checkpoint and Gemma 3 12B below ``root``; returns their names in the model folders.
+
+    config: of the checkpoint, by default the released one.
+    """
+    config = released_config(label) if config is None else config
     model = ModelConfig.from_config(config, GEMMA_12B["num_hidden_layers"] + 1, ())
     shapes = {
         checkpoint_name(network, name): tuple(tensor.shape)
@@ -127,17 +133,24 @@ def _write_sparse(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict
 
 
 @contextlib.contextmanager
-def random_weights(device: str, seed: int = 0) -> Iterator[None]:
-    """Inside the block, reading a tensor gives random values made on ``device``; everything else of loading is real."""
-    generator = torch.Generator(device).manual_seed(seed)
+def random_weights(device: str) -> Iterator[None]:
+    """Inside the block, reading a tensor gives random values made on ``device``; everything else of loading is real.
 
-    def read_staged(requests, *, device, allocate=None, on_bytes=None, **_):
+    A tensor's values depend on its name and shape alone, not on where it goes or what was read before it.
+    """
+    maker = device
+
+    def read_staged(requests, *, device, allocate=None, on_bytes=None, stopped=None, **_):
+        generator = torch.Generator(maker)  # several threads read
         for request in requests:
+            if stopped is not None and stopped():
+                raise Interrupted("the reading was stopped")
             tensor = None if allocate is None else allocate(request)
             if tensor is None:
                 tensor = torch.empty(request.info.torch_shape, dtype=request.info.torch_dtype, device=device)
-            values = torch.randn(tensor.shape, generator=generator, device=generator.device, dtype=torch.bfloat16)
-            tensor.copy_(values * STD)
+            generator.manual_seed(zlib.crc32(request.info.name.encode()))
+            values = torch.randn(tensor.shape, generator=generator, device=maker, dtype=torch.bfloat16)
+            tensor.copy_(values.mul_(STD))
             if on_bytes is not None:
                 on_bytes(request.info.size_bytes)
             yield request, tensor

@@ -10,6 +10,7 @@ import pathlib
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -27,18 +28,17 @@ class Row:
     bar: str = ""
 
 
-def write(folder: pathlib.Path, name: str, rows: list[Row]) -> pathlib.Path:
-    """Write ``name``.json with hardware, versions, command and rows."""
+def write(folder: pathlib.Path, name: str, rows: list[Row], packages: Sequence[str] = ()) -> pathlib.Path:
+    """Write ``name``.json with hardware, versions (of these packages too), command and rows."""
     import torch
 
-    device = torch.cuda.get_device_properties(0)
     result = {
-        "hardware": f"{torch.cuda.device_count()} x {device.name}, {device.total_memory / 2**30:.0f} GiB",
+        "hardware": hardware(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
-            "transformers": _version("transformers"),
+            **{package: _version(package) for package in ("transformers", *packages)},
         },
         "command": _command(),
         "rows": [asdict(row) for row in rows],
@@ -47,6 +47,15 @@ def write(folder: pathlib.Path, name: str, rows: list[Row]) -> pathlib.Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def hardware() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "CPU"
+    device = torch.cuda.get_device_properties(0)
+    return f"{torch.cuda.device_count()} x {device.name}, {device.total_memory / 2**30:.0f} GiB"
 
 
 def _command() -> str:

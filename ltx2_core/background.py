@@ -100,6 +100,8 @@ class _on:
     def __enter__(self) -> None:
         if self._context is not None:
             self._context.__enter__()
+            # weights that are replaced may still be read by what the node's thread asked for
+            self._stream.wait_stream(torch.cuda.default_stream(self._stream.device))
 
     def __exit__(self, *exc: object) -> None:
         if self._context is not None:

@@ -55,7 +55,7 @@ def _pin(memory: Tensor) -> bool:
     code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _FOR_ALL_DEVICES))
     if code != 0:
         # the runtime keeps the error for whoever launches the next kernel
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, AssertionError):
             torch.ones(1, device="cuda")
         _warn_pageable(code)
     return code == 0

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -26,15 +25,15 @@ from torch import Tensor
 
 from ..host import Interrupted
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo
+from .pinned import PinnedMemory
 
 log = logging.getLogger("ltx2.loading")
 
-# a power of two: pinned memory is handed out in powers of two
 CHUNK_BYTES = 32 * 1024 * 1024
 # what slow disks are asked for at once, so that a stop takes effect within a second
 MIN_CHUNK_BYTES = 4 * 1024 * 1024
-SLOTS = 16
-MAX_THREADS = 12
+SLOTS = 24
+MAX_THREADS = 16
 # below os.preadv's limit of 1024 buffers
 _MAX_TENSORS = 256
 # waiting for a disk takes no core
@@ -43,55 +42,77 @@ _MIN_THREADS = 4
 _SLOW_SECONDS, _FAST_SECONDS = 0.25, 0.05
 _POLL_SECONDS = 0.05
 
+# slots of readings that are over, for the next: pinning takes long
+_idle: list[PinnedMemory] = []
+_idle_lock = threading.Lock()
+
 # os.preadv lets threads share an open file; elsewhere each thread has its own
 _POSITIONED = hasattr(os, "preadv")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A tensor to be read. tag: the caller's, handed back with the tensor."""
+    """A tensor to be read.
+
+    tag: the caller's, handed back with the tensor. shared: it may lie in one piece of memory with its neighbours in the
+    file, which goes when all of them do; good for small tensors and for those that are needed for a moment only.
+    """
 
     file: Checkpoint
     info: TensorInfo
     tag: Hashable = None
+    shared: bool = False
 
 
 @dataclass(eq=False)
 class Landing:
     """A tensor and the request that it answers.
 
-    target: its bytes, writable memory of the host (a memoryview) or a flat uint8 tensor of another device. fresh: made
-    for the request, not given by the caller. events: one for each copy into it.
+    target: memory whose bytes from ``base`` on are the tensor's, writable memory of the host (a memoryview) or a flat
+    uint8 tensor of another device.
     """
 
     request: Request
     tensor: Tensor
     target: Any
-    fresh: bool
-    events: list[Any] = field(default_factory=list)
+    base: int = 0
 
     @property
     def in_host_memory(self) -> bool:
         return isinstance(self.target, memoryview)
 
 
+@dataclass(eq=False, slots=True)
+class Piece:
+    """Bytes [begin, end) of a target."""
+
+    target: Any
+    begin: int
+    end: int
+
+
 @dataclass(eq=False)
 class Chunk:
     """Bytes [begin, begin + size) of a file; size grows to ``limit``.
 
-    parts: where they go, in order. complete: (place in the chunk, landing) of every tensor that ends here. reached: how
-    many bytes were read. error: why it was not all of them; valid, as ``reached`` is, once the chunk is done.
+    parts: (landing, how many bytes), in order. pieces: where they go, in order, as long as possible. complete: (place in
+    the chunk, landing) of every tensor that ends here. reached: how many bytes were read. error: why it was not all of
+    them. copied: the event that its copies end with. These three are valid once the chunk is done. ready: the event after
+    which nothing reads any more what lay in the memory before.
     """
 
     file: Checkpoint
     begin: int
     in_host_memory: bool
     limit: int
-    parts: list[tuple[Landing, Any]] = field(default_factory=list)
+    parts: list[tuple[Landing, int]] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     complete: deque[tuple[int, Landing]] = field(default_factory=deque)
     size: int = 0
     reached: int = 0
     error: CheckpointError | None = None
+    copied: Any = None
+    ready: Any = None
     done: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -108,11 +129,23 @@ class Chunk:
         left = landing.request.info.size_bytes - offset
         count = min(left, self.limit - self.size)
         if count:
-            self.parts.append((landing, landing.target[offset : offset + count]))
+            self.parts.append((landing, count))
+            self._add_piece(landing.target, landing.base + offset, count)
             self.size += count
         if count == left:
             self.complete.append((self.size, landing))
         return count
+
+    def _add_piece(self, target: Any, begin: int, count: int) -> None:
+        last = self.pieces[-1] if self.pieces else None
+        if last is not None and last.target is target and last.end == begin:
+            last.end += count
+        else:
+            self.pieces.append(Piece(target, begin, begin + count))
+
+    def clear(self) -> None:
+        self.parts.clear()
+        self.pieces.clear()
 
 
 # memory --------------------------------------------------------------------------------------------------------------
@@ -130,9 +163,20 @@ class Target:
     def enter_thread(self) -> None:
         """Called first in every thread that copies."""
 
-    def slot(self, size: int) -> Tensor:
-        """Host memory that ``copy`` may be given: uint8 [size]."""
-        return torch.empty(size, dtype=torch.uint8)
+    def slot(self, size: int) -> PinnedMemory:
+        """Host memory of at least that size that ``copy`` may be given."""
+        with _idle_lock:
+            fitting = next((memory for memory in _idle if memory.memory.nbytes >= size), None)
+            if fitting is not None:
+                _idle.remove(fitting)
+                return fitting
+        return PinnedMemory(size)
+
+    def give_back(self, slots: Sequence[PinnedMemory]) -> None:
+        """Slots that nothing is copied from any more."""
+        with _idle_lock:
+            room = max(SLOTS - len(_idle), 0)
+            _idle.extend(slots[:room])
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -140,17 +184,18 @@ class Target:
     def is_host_memory(self, tensor: Tensor) -> bool:
         return tensor.device.type == "cpu"
 
-    def borrow(self, tensor: Tensor) -> None:
-        """Later copies may overwrite the caller's tensor."""
+    def mark(self) -> Any:
+        """The point up to which the caller's stream has been told what to do, for ``copy``; in the caller's thread."""
+        return None
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
-        """Copy (to, from) pairs; returns an event whose ``synchronize`` waits for that, or None when it is over."""
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any) -> Any:
+        """Copy (to, from) pairs after a mark; returns an event whose ``synchronize`` waits for that, or None when over."""
         for to, source in pairs:
             to.copy_(source)
         return None
 
-    def hand_over(self, landing: Landing) -> None:
-        """What the caller's stream does next with the tensor comes after the copies into it."""
+    def hand_over(self, copied: Any) -> None:
+        """What the caller's stream does next comes after the copies that end with this event."""
 
     def close(self) -> None:
         """What the caller's stream does next comes after every copy."""
@@ -162,8 +207,6 @@ class CudaTarget(Target):
     def __init__(self, device: torch.device):
         super().__init__(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
         self._stream = _copy_stream(self.device.index)
-        self._pinning = threading.Lock()
-        self._pinned = True
 
     def begin(self) -> None:
         # asked for once: that takes long, and there are thousands of tensors
@@ -174,16 +217,6 @@ class CudaTarget(Target):
         torch.cuda.set_device(self.device)
         torch.cuda.set_stream(self._stream)
 
-    def slot(self, size: int) -> Tensor:
-        with self._pinning:
-            if self._pinned:
-                try:
-                    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-                except RuntimeError as error:
-                    log.warning("no pinned memory (%s): files are read at about half the speed", error)
-                    self._pinned = False
-        return super().slot(size)
-
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # memory that the copy stream may write to without waiting for the caller's
         torch.cuda.set_stream(self._stream)
@@ -193,10 +226,12 @@ class CudaTarget(Target):
             # of the caller's device, which may be another one
             torch.cuda.set_stream(self._current)
 
-    def borrow(self, tensor: Tensor) -> None:
-        self._stream.wait_stream(self._consumer)
+    def mark(self) -> torch.cuda.Event:
+        # memory that the caller gave, or freed, may still be read by its stream
+        return self._consumer.record_event()
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: torch.cuda.Event) -> torch.cuda.Event:
+        self._stream.wait_event(after)
         for to, source in pairs:
             to.copy_(source, non_blocking=True)
         # blocking: a thread that waits for it sleeps
@@ -204,11 +239,9 @@ class CudaTarget(Target):
         event.record()
         return event
 
-    def hand_over(self, landing: Landing) -> None:
-        for event in landing.events:
-            self._consumer.wait_event(event)
-        if landing.fresh:
-            landing.tensor.record_stream(self._consumer)
+    def hand_over(self, copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            self._consumer.wait_event(copied)
 
     def close(self) -> None:
         self._consumer.wait_stream(self._stream)
@@ -226,7 +259,7 @@ def target_of(device: torch.device) -> Target:
 
 @dataclass(eq=False)
 class _Slot:
-    memory: Tensor | None = None
+    memory: PinnedMemory | None = None
     event: Any = None
 
 
@@ -283,8 +316,8 @@ def _from(buffers: Sequence[memoryview], start: int) -> Sequence[memoryview]:
 def _failure(chunk: Chunk, error: Exception) -> CheckpointError:
     """What is said of a chunk that could not be read on; names the tensor that it was in."""
     position = 0
-    for landing, view in chunk.parts:
-        info, position = landing.request.info, position + len(view)
+    for landing, count in chunk.parts:
+        info, position = landing.request.info, position + count
         if chunk.reached < position:
             break
     else:
@@ -301,33 +334,6 @@ def _failure(chunk: Chunk, error: Exception) -> CheckpointError:
 
 
 # threads -------------------------------------------------------------------------------------------------------------
-
-
-class QuickSwitches:
-    """While any of these is entered, threads of Python take turns every half millisecond instead of every five.
-
-    A reader needs its turn a few times for every chunk, and whoever consumes the tensors is busy all the while.
-    """
-
-    _SECONDS = 0.0005
-    _lock = threading.Lock()
-    _entered = 0
-    _before = 0.0
-
-    def __enter__(self) -> None:
-        kind = QuickSwitches
-        with kind._lock:
-            if kind._entered == 0:
-                kind._before = sys.getswitchinterval()
-                sys.setswitchinterval(min(kind._before, kind._SECONDS))
-            kind._entered += 1
-
-    def __exit__(self, *exc: object) -> None:
-        kind = QuickSwitches
-        with kind._lock:
-            kind._entered -= 1
-            if kind._entered == 0:
-                sys.setswitchinterval(kind._before)
 
 
 class Readers:
@@ -354,6 +360,7 @@ class Readers:
         return len(self._slots)
 
     def submit(self, chunk: Chunk) -> None:
+        chunk.ready = self._target.mark()
         self._jobs.put((chunk, self._slots[self._submitted % len(self._slots)]))
         self._submitted += 1
         if len(self._threads) < self._limit:
@@ -381,9 +388,17 @@ class Readers:
         for thread in self._threads:
             thread.join()
         self._error = None
-        self._slots.clear()
+        self._return_slots()
         self._files.close()
         self._target.close()
+
+    def _return_slots(self) -> None:
+        used = [slot for slot in self._slots if slot.memory is not None]
+        for slot in used:
+            if slot.event is not None:
+                slot.event.synchronize()
+        self._target.give_back([slot.memory for slot in used if slot.memory is not None])
+        self._slots.clear()
 
     def _over(self) -> bool:
         self._end = self._end or self._stopped()
@@ -401,13 +416,13 @@ class Readers:
 
     def _fill(self, chunk: Chunk, slot: _Slot) -> None:
         if chunk.in_host_memory:
-            self._read(chunk, [view for _, view in chunk.parts])
+            self._read(chunk, [piece.target[piece.begin : piece.end] for piece in chunk.pieces])
         else:
             memory = self._free(slot)
-            self._read(chunk, [memory[: chunk.size].numpy().data])
-            slot.event = self._copy(chunk, memory)
+            self._read(chunk, [memory.numpy().data[: chunk.size]])
+            slot.event = chunk.copied = self._copy(chunk, memory)
         # a landing is the consumer's alone from now on, and goes when the consumer drops it
-        chunk.parts.clear()
+        chunk.clear()
         chunk.done.set()
 
     def _free(self, slot: _Slot) -> Tensor:
@@ -416,7 +431,7 @@ class Readers:
             slot.memory = self._target.slot(CHUNK_BYTES)
         if slot.event is not None:
             slot.event.synchronize()
-        return slot.memory
+        return slot.memory.memory
 
     def _read(self, chunk: Chunk, buffers: Sequence[memoryview]) -> None:
         started = time.monotonic()
@@ -435,15 +450,14 @@ class Readers:
 
     def _copy(self, chunk: Chunk, memory: Tensor) -> Any:
         pairs, position = [], 0
-        for _, view in chunk.parts:
-            start, position = position, position + len(view)
-            if position <= chunk.reached:
-                pairs.append((view, memory[start:position]))
-        event = self._target.copy(pairs)
-        if event is not None:
-            for landing, _ in chunk.parts:
-                landing.events.append(event)
-        return event
+        for piece in chunk.pieces:
+            # what was not read is not copied
+            count = min(piece.end - piece.begin, chunk.reached - position)
+            if count <= 0:
+                break
+            pairs.append((piece.target[piece.begin : piece.begin + count], memory[position : position + count]))
+            position += count
+        return self._target.copy(pairs, chunk.ready)
 
     def _adapt(self, seconds: float, size: int) -> None:
         if seconds > _SLOW_SECONDS:

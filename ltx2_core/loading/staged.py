@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .ring import Chunk, Landing, QuickSwitches, Readers, Request, Target, target_of
+from .ring import Chunk, Landing, Readers, Request, Target, target_of
 
 __all__ = ["Request", "read_staged"]
 
@@ -22,6 +22,8 @@ log = logging.getLogger("ltx2.loading")
 
 # what is worth a line in the log
 _LOGGED_BYTES = 64 * 1024 * 1024
+# of tensors that share a piece of memory
+_ALIGNMENT = 16
 
 Allocate = Callable[[Request], Tensor | None]
 
@@ -44,7 +46,7 @@ def read_staged(
     allocate: called with a request as it is taken; returns a contiguous tensor of its dtype and shape that the bytes go
     to, on ``device`` or in host memory, or None for memory of their own.
     on_bytes: called with the number of bytes read since its last call, between two tensors. stopped: polled, from other
-    threads too. threads: how many read; by default as many as there are cores, 4 to 12.
+    threads too. threads: how many read; by default as many as there are cores, 4 to 16.
 
     Raises Interrupted when ``stopped`` returns True, CheckpointError in place of a tensor whose file cannot be read,
     ends early or was changed since its header was read, ValueError for unfit memory, and what requests, allocate and
@@ -58,8 +60,6 @@ def read_staged(
     landing: Landing | None = None
     started, count, size = time.monotonic(), 0, 0
     target.begin()
-    quick = QuickSwitches()
-    quick.__enter__()
     try:
         while True:
             while len(flying) < readers.depth and (chunk := next(chunks, None)) is not None:
@@ -72,14 +72,13 @@ def read_staged(
             if on_bytes is not None and chunk.reached:
                 on_bytes(chunk.reached)
             count, size = count + len(chunk.complete), size + chunk.reached
+            target.hand_over(chunk.copied)
             while chunk.complete and chunk.complete[0][0] <= chunk.reached:
                 _, landing = chunk.complete.popleft()
-                target.hand_over(landing)
                 yield landing.request, landing.tensor
             if chunk.error is not None:
                 raise chunk.error
     finally:
-        quick.__exit__()
         readers.close()
         # the frame lives on in the traceback of an error: it lets go of the tensors
         chunks.close()
@@ -93,8 +92,8 @@ def _plan(
 ) -> Generator[Chunk, None, None]:
     """The requests' bytes in chunks: adjacent tensors share one, a large tensor takes several."""
     chunk: Chunk | None = None
-    for request in requests:
-        landing = _landing(request, target, allocate)
+    for landing in _landings(requests, target, allocate, readers):
+        request = landing.request
         if chunk is not None and not chunk.continued_by(landing):
             yield chunk
             chunk = None
@@ -112,10 +111,47 @@ def _plan(
         yield chunk
 
 
-def _landing(request: Request, target: Target, allocate: Allocate) -> Landing:
-    given = allocate(request)
-    # normal tensors even when the caller infers: inference tensors cannot be updated in place later
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+def _landings(
+    requests: Iterable[Request], target: Target, allocate: Allocate, readers: Readers
+) -> Generator[Landing, None, None]:
+    """Memory for every request; neighbours in a file that may share it do."""
+    run: list[Request] = []
+    size = 0
+    for request in requests:
+        given = allocate(request)
+        shares = given is None and request.shared
+        fits = size + request.info.size_bytes <= readers.chunk_bytes and size % _ALIGNMENT == 0
+        if run and not (shares and fits and _follows(run[-1], request)):
+            yield from _in_one_piece(run, size, target)
+            run, size = [], 0
+        if shares:
+            run.append(request)
+            size += request.info.size_bytes
+        else:
+            yield _landing(request, given, target)
+    if run:
+        yield from _in_one_piece(run, size, target)
+
+
+def _follows(before: Request, request: Request) -> bool:
+    return (before.file, before.info.end) == (request.file, request.info.begin)
+
+
+def _in_one_piece(run: list[Request], size: int, target: Target) -> Iterator[Landing]:
+    with _normal():
+        piece = target.empty((size,), torch.uint8)
+        in_host_memory = target.is_host_memory(piece)
+        memory = piece.numpy().data if in_host_memory else piece
+        offset = 0
+        for request in run:
+            info = request.info
+            tensor = piece[offset : offset + info.size_bytes].view(info.torch_dtype).view(info.torch_shape)
+            yield Landing(request, tensor, memory, offset)
+            offset += info.size_bytes
+
+
+def _landing(request: Request, given: Tensor | None, target: Target) -> Landing:
+    with _normal():
         if given is None:
             tensor = target.empty(request.info.torch_shape, request.info.torch_dtype)
         else:
@@ -123,11 +159,13 @@ def _landing(request: Request, target: Target, allocate: Allocate) -> Landing:
             tensor = given.detach()
         data = tensor.reshape(-1).view(torch.uint8)
     in_host_memory = target.is_host_memory(tensor)
-    if given is not None and not in_host_memory:
-        target.borrow(tensor)
-    return Landing(
-        request, tensor if given is None else given, data.numpy().data if in_host_memory else data, given is None
-    )
+    memory = data.numpy().data if in_host_memory else data
+    return Landing(request, tensor if given is None else given, memory)
+
+
+def _normal() -> contextlib.AbstractContextManager[None]:
+    """Tensors are normal ones also where the caller infers: inference tensors cannot be updated in place later."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
 def _check_given(request: Request, given: Tensor, target: Target) -> None:

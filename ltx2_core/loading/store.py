@@ -37,6 +37,8 @@ log = logging.getLogger("ltx2.loading")
 # memory is pinned piece by piece, so that stopping takes effect soon
 _PIECE_BYTES = 1 << 30
 _ALIGNMENT = 256
+# weights of no more bytes share memory with their neighbours
+_SMALL_BYTES = 256 << 10
 # factors of that many bytes of weights are read in one go
 _GROUP_BYTES = 256 << 20
 
@@ -235,10 +237,11 @@ class WeightStore:
         if self._needs_factors(task):
             for number, change in enumerate(changes.items):
                 for role, info in change.infos.items():
-                    task.needs.append(Request(change.file.checkpoint, info, (task, number, role)))
+                    task.needs.append(Request(change.file.checkpoint, info, (task, number, role), shared=True))
         if self._needs_base(task):
             for role, info in slot.source.weight.parts.items():
-                task.needs.append(Request(slot.source.file, info, (task, None, role)))
+                shared = info.size_bytes <= _SMALL_BYTES
+                task.needs.append(Request(slot.source.file, info, (task, None, role), shared))
         return task
 
     def _needs_base(self, task: _Task) -> bool:
@@ -300,7 +303,8 @@ class WeightStore:
         else:
             data = unpack(weight.format, parts, weight.shape, torch.float32 if weight.offset else self.dtype)
         data = data + weight.offset if weight.offset else data
-        return {"data": data.to(self.dtype) if data.is_floating_point() else data}
+        is_final = data.dtype == self.dtype or not data.is_floating_point()
+        return {"data": data if is_final else data.to(self.dtype)}
 
     def _merge(self, task: _Task, base: Value) -> Value:
         slot, weight = task.slot, task.slot.source.weight
@@ -356,16 +360,18 @@ class WeightStore:
 def _requests(tasks: Iterable[_Task]) -> Iterator[Request]:
     """What tasks need, so many at a time that long pieces of every file are read together; factors before weights."""
     group: list[Request] = []
+    size = 0
     for task in tasks:
         group += task.needs
-        if sum(request.info.size_bytes for request in group) >= _GROUP_BYTES:
+        size += sum(request.info.size_bytes for request in task.needs)
+        if size >= _GROUP_BYTES:
             yield from sorted(group, key=_factors_first)
-            group = []
+            group, size = [], 0
     yield from sorted(group, key=_factors_first)
 
 
-def _factors_first(request: Request) -> tuple[bool, str, int]:
-    return request.tag[1] is None, str(request.file.path), request.info.begin
+def _factors_first(request: Request) -> tuple[bool, int, int]:
+    return request.tag[1] is None, id(request.file), request.info.begin
 
 
 def _pieces(slots: Iterable[Slot]) -> Iterator[list[Slot]]:

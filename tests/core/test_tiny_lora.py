@@ -1,18 +1,27 @@
 import pytest
 import torch
 from ltx2_engine.ltx2_core.config.model import ModelConfig
+from ltx2_engine.ltx2_core.loading.changes import Adapter
+from ltx2_engine.ltx2_core.loading.checkpoint import read_header
 from ltx2_engine.ltx2_core.loading.lora.file import read_lora, reference_factors
-from ltx2_engine.ltx2_core.loading.lora.fuse import fuse, match_module
+from ltx2_engine.ltx2_core.loading.lora.report import match
+from ltx2_engine.ltx2_core.loading.lora.strength import Strength
+from ltx2_engine.ltx2_core.loading.store import load_component
 from ltx2_engine.ltx2_core.networks import build_on_meta
 from ltx2_engine.ltx2_core.tiny import checkpoint_file, tiny_config
 from ltx2_engine.ltx2_core.tiny_lora import write_tiny_lora
 from torch import nn
 
 SCALE = "reference_downscale_factor"
+ONE = Strength.both(1.0)
 
 
 def on_meta(label):
     return build_on_meta("transformer", ModelConfig.from_config(tiny_config(label), 7, ()))
+
+
+def matched(file, module):
+    return match({name: tuple(p.shape) for name, p in module.named_parameters()}, [(file, ONE)])
 
 
 @pytest.mark.parametrize("label", ["2.0", "2.3"])
@@ -22,7 +31,7 @@ def test_it_fits_the_tiny_checkpoint(tiny_models, tmp_path, label, targets):
     write_tiny_lora(path, tiny_models / "checkpoints" / checkpoint_file(label), targets=targets, metadata={SCALE: "2"})
     file = read_lora(path)
     module = on_meta(label)
-    report = match_module(module, [(file, 1.0)])
+    report = matched(file, module)
     linear = {name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
     # 3 blocks of 3 attentions with 4 projections in each of two streams
     assert len(report.layers) == (3 * 3 * 4 * 2 if targets == "attention" else len(linear))
@@ -53,16 +62,22 @@ def test_every_kind_changes_weights_by_about_a_third(tiny_models, tmp_path, kind
     assert all(
         info.dtype == ("BF16" if dtype == torch.bfloat16 else "F32") for info in file.checkpoint.tensors.values()
     )
-    generator = torch.Generator().manual_seed(0)
-    module = on_meta("2.3").to_empty(device="cpu").requires_grad_(False)
-    for parameter in module.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
-    report = fuse(module, [(file, 1.0)], device="cpu")
+    report = matched(file, on_meta("2.3"))
+    before, module = (
+        load_component(
+            on_meta("2.3"),
+            read_header(checkpoint),
+            "transformer",
+            device="cpu",
+            dtype=torch.float32,
+            adapters=adapters,
+        )
+        for adapters in ((), (Adapter(file, ONE),))
+    )
     biases = {name for name in report.parameters if name.endswith(".bias")}
     assert bool(biases) == (kind in ("bias", "full"))
     changes = [
-        float((module.get_parameter(name) - before[name]).norm() / before[name].norm())
+        float((module.get_parameter(name) - before.get_parameter(name)).norm() / before.get_parameter(name).norm())
         for name in set(report.parameters) - biases
     ]
     assert min(changes) > 0.02

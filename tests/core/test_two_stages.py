@@ -14,6 +14,7 @@ from ltx2_engine.ltx2_core.conditioning.retake import retake
 from ltx2_engine.ltx2_core.config.fields import ConfigError
 from ltx2_engine.ltx2_core.engine import ModelHandle, _Encoders
 from ltx2_engine.ltx2_core.job import SampleJob
+from ltx2_engine.ltx2_core.loading.write import write_checkpoint
 from ltx2_engine.ltx2_core.presets import DISTILLED_STAGE_2_SIGMAS, SAMPLERS
 from ltx2_engine.ltx2_core.sampling.choice import SamplerChoice
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance
@@ -94,27 +95,75 @@ def test_the_second_stage_refines_the_first(tiny_engine, upsamplers):
         refined.with_audio_of(replace(first, clip=ClipShape(25, 64, 96, 24.0)))
 
 
-def test_a_lora_makes_another_model_and_leaves_the_first(tiny_engine, tmp_path):
-    engine = tiny_engine("2.3")
-    plain = engine.sample(job(engine)).latents.video
+@pytest.fixture
+def style(tiny_engine, tmp_path):
+    """A LoRA for the tiny model of 2.3, that asks for reference videos of half the size."""
     path = tmp_path / "style.safetensors"
-    write_tiny_lora(path, engine.files.spec.checkpoint, metadata={"reference_downscale_factor": "2"})
+    checkpoint = tiny_engine("2.3").files.spec.checkpoint
+    write_tiny_lora(path, checkpoint, metadata={"reference_downscale_factor": "2"})
+    return path
+
+
+def same(first, second):
+    return torch.equal(first.video, second.video) and torch.equal(first.audio, second.audio)
+
+
+def test_a_lora_makes_another_model_and_leaves_the_first(tiny_engine, style):
+    engine = tiny_engine("2.3")
+    plain = engine.sample(job(engine)).latents
     handle = ModelHandle(engine.files.spec, engine)
-    strong, weak, none = (handle.with_lora(path, strength) for strength in (1.0, 0.25, 0.0))
-    clips = [one.engine.sample(job(engine)).latents.video for one in (strong, weak, none)]
-    assert not torch.allclose(clips[0], plain, atol=1e-2)
-    assert float((clips[1] - plain).abs().mean()) < float((clips[0] - plain).abs().mean())
-    assert torch.equal(clips[2], plain)
-    assert torch.equal(engine.sample(job(engine)).latents.video, plain)
+    strong, weak, none = (handle.with_lora(style, strength) for strength in (1.0, 0.25, 0.0))
+    clips = [one.engine.sample(job(engine)).latents for one in (strong, weak, none)]
+    assert not torch.allclose(clips[0].video, plain.video, atol=1e-2)
+    changes = [float((clip.video - plain.video).abs().mean()) for clip in clips]
+    assert changes[1] < changes[0]
+    assert same(clips[2], plain)
+    assert same(engine.sample(job(engine)).latents, plain)
     assert strong.reference_factors() == (2, 1)
     assert handle.reference_factors() == (1, 1)
-    shared = set(map(id, engine._networks.values())) & set(map(id, strong.engine._networks.values()))
-    assert len(shared) == len(engine._networks) - 1, "only the transformer is its own"
     assert "style.safetensors 0.25" in str(weak)
+    assert "style.safetensors (LoRA, rank 4) at strength 0.25" in weak.lora_report()
+    assert handle.lora_report() == "no LoRA"
+
+
+def test_models_with_loras_share_every_network_and_keep_their_results(tiny_engine, style, tmp_path):
+    """One transformer holds whichever LoRAs are used: its weights are switched, in any order, with the same bits."""
+    engine = tiny_engine("2.3")
+    other = tmp_path / "other.safetensors"
+    write_tiny_lora(other, engine.files.spec.checkpoint, targets="all", kind="dora", seed=1)
+    plain = ModelHandle(engine.files.spec, engine)
+    strong = plain.with_lora(style, 1.0)
+    handles = [plain, strong, strong.with_lora(other, 0.5), plain.with_lora(style, 1.0, audio=0.0)]
+    for handle in handles:
+        assert all(handle.engine._networks[name] is network for name, network in engine._networks.items())
+    clips = [handle.engine.sample(job(engine)).latents for handle in handles]
+    assert not any(same(a, b) for number, a in enumerate(clips) for b in clips[:number])
+    for number in (2, 0, 3, 1, 0, 1, 3, 2):
+        assert same(handles[number].engine.sample(job(engine)).latents, clips[number]), number
+    engine.close()
+    assert same(handles[2].engine.sample(job(engine)).latents, clips[2]), "read anew, with its LoRAs"
+    assert same(engine.sample(job(engine)).latents, clips[0])
+
+
+def test_a_lora_that_does_not_fit_is_refused_and_changes_nothing(tiny_engine, style, tmp_path):
+    engine = tiny_engine("2.3")
+    plain = engine.sample(job(engine)).latents
+    handle = ModelHandle(engine.files.spec, engine)
     with pytest.raises(ValueError, match="from -10 to 10"):
-        handle.with_lora(path, float("nan"))
+        handle.with_lora(style, float("nan"))
+    with pytest.raises(ValueError, match="audio 20"):
+        handle.with_lora(style, 2.0, audio=10.0)
     with pytest.raises(ValueError, match=r"tiny\.safetensors"):
         handle.with_lora(engine.files.spec.checkpoint, 1.0)
+    wrong = {"A": torch.ones(3, 64), "B": torch.ones(96, 3)}
+    layer = "diffusion_model.transformer_blocks.1.attn1.to_q"
+    sizes = tmp_path / "sizes.safetensors"
+    write_checkpoint(sizes, {f"{layer}.lora_{end}.weight": factor for end, factor in wrong.items()}, {})
+    with pytest.raises(ValueError, match=rf"sizes\.safetensors: .*'{layer}' changes a weight \[96, 64\]"):
+        handle.with_lora(sizes, 1.0)
+    with pytest.raises(ValueError, match=r"its precision is ltx-core, that of style\.safetensors is float32"):
+        handle.with_lora(style, 1.0).with_lora(style, 1.0, parity="ltx-core")
+    assert same(engine.sample(job(engine)).latents, plain)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

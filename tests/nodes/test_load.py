@@ -1,5 +1,7 @@
 """LTX-2 Load Model: which files it offers, what it makes of a choice, and that separate files make the same clip."""
 
+import time
+
 import pytest
 import torch
 from ltx2_engine import cli
@@ -40,11 +42,11 @@ def split(label):
 
 @pytest.fixture
 def offered(models):
-    """The choices of every input."""
+    """The choices of every input that has some."""
     with use_host(StandaloneHost([models], progress="quiet")):
         sections = LTX2LoadModel.INPUT_TYPES()
     fields = {**sections["required"], **sections["optional"]}
-    return {field: options["options"] for field, (_, options) in fields.items()}
+    return {field: options["options"] for field, (kind, options) in fields.items() if kind == "COMBO"}
 
 
 def test_checkpoints_and_transformer_files_are_offered(offered):
@@ -76,7 +78,7 @@ def spec(models, **choices):
     host = StandaloneHost([models], progress="quiet")
     components = dict.fromkeys(("video_vae", "audio_vae", "text_projection"), FROM_CHECKPOINT)
     with use_host(host):
-        return _spec(**{"dtype": "auto", "device": "cpu", **components, **choices})
+        return _spec(**{"dtype": "auto", "device": "cpu", **components, "memory_limit": 0.0, **choices})
 
 
 def test_choices_become_paths(models):
@@ -88,13 +90,36 @@ def test_choices_become_paths(models):
     assert (full.video_vae, full.audio_vae, full.text_projection) == (None, None, None)
 
 
+def test_a_memory_limit_belongs_to_the_model(models):
+    full = {"checkpoint": checkpoint_file("2.3"), "text_encoder": TEXT_ENCODER}
+    free, limited = (spec(models, **full, memory_limit=gib) for gib in (0.0, 12.5))
+    assert free.limit_bytes is None
+    assert limited.limit_bytes == 12.5 * 2**30
+    assert free != limited
+    with use_host(StandaloneHost([models], progress="quiet")):
+        assert LTX2LoadModel.IS_CHANGED(**full) == LTX2LoadModel.IS_CHANGED(**full, memory_limit=0.0)
+        assert LTX2LoadModel.IS_CHANGED(**full) != LTX2LoadModel.IS_CHANGED(**full, memory_limit=12.5)
+
+
+def test_reading_begins_before_another_node_asks(models):
+    """Text encoder and transformer arrive without a use; the decoders wait for theirs."""
+    with use_host(StandaloneHost([models], progress="quiet")):
+        [handle] = LTX2LoadModel.execute(checkpoint_file("2.3"), TEXT_ENCODER, device="cpu")
+        engine = handle.engine
+        parts = engine._text_encoder, engine._networks["transformer"]
+        deadline = time.monotonic() + 60
+        while any(part.pending_bytes for part in parts) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [part.bytes_on("cpu") >= part.full_bytes for part in parts] == [True, True]
+        assert engine._networks["video_decoder"].bytes_on("cpu") == 0
+
+
 def test_a_name_in_two_folders_means_the_first(models, tmp_path):
     for folder in ("checkpoints", "diffusion_models"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "same.safetensors").touch()
-    found = spec(models, checkpoint=checkpoint_file("2.3"), text_encoder=TEXT_ENCODER)
     with use_host(StandaloneHost([tmp_path, models], progress="quiet")):
-        found = _spec("same.safetensors", TEXT_ENCODER, "auto", "cpu", *[FROM_CHECKPOINT] * 3)
+        found = _spec("same.safetensors", TEXT_ENCODER, "auto", "cpu", *[FROM_CHECKPOINT] * 3, 0.0)
     assert found.checkpoint == tmp_path / "checkpoints" / "same.safetensors"
 
 

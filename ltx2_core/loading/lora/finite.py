@@ -10,6 +10,8 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, TensorInfo
 from .errors import lora_error, shown
 
+Entry = tuple[Checkpoint, TensorInfo, Tensor]
+
 # tensors that are asked about together
 _GROUP = 16
 
@@ -21,8 +23,8 @@ class FiniteCheck:
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Checkpoint, TensorInfo, Tensor]] = []
-        self._noted: list[tuple[Checkpoint, TensorInfo, Tensor]] = []
+        self._waiting: list[Entry] = []
+        self._noted: list[Entry] = []
 
     def note(self, file: Checkpoint, read: Iterable[tuple[TensorInfo, Tensor]]) -> None:
         """Note tensors of a file; of most of them only a flag is kept."""
@@ -32,10 +34,7 @@ class FiniteCheck:
 
     def _ask(self) -> None:
         waiting, self._waiting = self._waiting, []
-        groups: dict[tuple[torch.device, torch.dtype], list[tuple[Checkpoint, TensorInfo, Tensor]]] = {}
-        for entry in waiting:
-            groups.setdefault((entry[2].device, entry[2].dtype), []).append(entry)
-        for entries in groups.values():
+        for entries in _alike(waiting):
             # the largest magnitude is a number exactly where all values are
             largest = torch._foreach_norm([tensor for *_, tensor in entries], float("inf"))
             self._noted += [(file, info, one) for (file, info, _), one in zip(entries, largest, strict=True)]
@@ -44,12 +43,17 @@ class FiniteCheck:
         """Wait for the device and forget what was noted. Raises LoraError naming a tensor that was no number."""
         self._ask()
         noted, self._noted = self._noted, []
-        by_device: dict[torch.device, list[tuple[Checkpoint, TensorInfo, Tensor]]] = {}
-        for entry in noted:
-            by_device.setdefault(entry[2].device, []).append(entry)
-        for entries in by_device.values():
-            flags = torch.stack([largest.double() for *_, largest in entries]).isfinite().tolist()
+        for entries in _alike(noted):
+            flags = torch.stack([largest for *_, largest in entries]).isfinite().tolist()
             for (file, info, _), good in zip(entries, flags, strict=True):
                 if not good:
                     problem = f"tensor {shown(info.name)} has values that are no numbers"
                     raise lora_error(file, problem, "get the file again")
+
+
+def _alike(entries: list[Entry]) -> Iterable[list[Entry]]:
+    """Entries whose tensors have one device and dtype together."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry[2].device, entry[2].dtype), []).append(entry)
+    return groups.values()

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ltx2_engine.ltx2_core.host import Interrupted
-from ltx2_engine.ltx2_core.loading import ring, staged
+from ltx2_engine.ltx2_core.loading import pinned, ring, staged
 from ltx2_engine.ltx2_core.loading.checkpoint import Checkpoint, CheckpointError, TensorInfo, read_header
 from ltx2_engine.ltx2_core.loading.staged import Request, read_staged
 from safetensors.torch import load_file, save_file
@@ -77,7 +77,9 @@ class Late(ring.Target):
 
     def slot(self, size):
         self.slots += 1
-        return super().slot(size).fill_(0xEE)
+        slot = super().slot(size)
+        slot.memory.fill_(0xEE)
+        return slot
 
     def empty(self, shape, dtype):
         self.made = super().empty(shape, dtype)
@@ -86,16 +88,16 @@ class Late(ring.Target):
     def is_host_memory(self, tensor):
         return self.given_is_host and tensor is not self.made
 
-    def copy(self, pairs):
+    def copy(self, pairs, after):
         assert self.entered.yes, "copies belong to prepared threads"
         event = threading.Event()
         event.synchronize = event.wait
         self.queue.put((pairs, event))
         return event
 
-    def hand_over(self, landing):
-        for event in landing.events:
-            event.wait()
+    def hand_over(self, copied):
+        if copied is not None:
+            copied.wait()
 
     def close(self):
         self.queue.put(None)
@@ -596,23 +598,57 @@ def test_an_error_of_the_device_reaches_the_caller(file, monkeypatch, sizes, met
         list(read_staged(requests_of(file(numbered(20))), device="cpu"))
 
 
-def test_without_pinned_memory_there_is_one_warning(monkeypatch, caplog):
-    empty, tried = torch.empty, []
+def test_slots_of_a_reading_serve_the_next(file, monkeypatch, sizes):
+    monkeypatch.setattr(staged, "target_of", Late)
+    monkeypatch.setattr(ring, "_idle", [])
+    sizes(5000, slots=3)
+    made = []
+    monkeypatch.setattr(ring, "PinnedMemory", lambda size: made.append(pinned.PinnedMemory(size)) or made[-1])
+    for _ in range(3):
+        list(read_staged(requests_of(file(numbered(2000))), device="cpu"))
+    assert 1 <= len(made) <= 3
+    assert {id(memory) for memory in ring._idle} == {id(memory) for memory in made}
 
-    def refuse(*args, pin_memory=False, **options):
-        if pin_memory:
-            tried.append(args)
-            raise RuntimeError("CUDA error: out of memory")
-        return empty(*args, **options)
 
-    monkeypatch.setattr(ring, "_copy_stream", lambda index: None)
-    monkeypatch.setattr(torch, "empty", refuse)
-    target = ring.CudaTarget(torch.device("cuda", 0))
-    slots = [target.slot(64) for _ in range(3)]
-    assert [(s.shape, s.dtype, s.device.type) for s in slots] == [((64,), torch.uint8, "cpu")] * 3
-    assert len(tried) == 1
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "no pinned memory (CUDA error: out of memory)" in caplog.text
+def shared(header):
+    return [Request(header, info, name, shared=True) for name, info in header.tensors.items()]
+
+
+def test_neighbours_may_share_memory_and_hold_the_same_bits(file, path_to_memory, sizes):
+    sizes(200, slots=3)
+    shapes = [(16,), (7,), (32,), (3, 16), (0,), (64,), (500,), (16,)]
+    header = file({f"{n:02}": random_tensor(torch.uint8, shape, n) for n, shape in enumerate(shapes * 3)})
+    want = load_file(header.path)
+    got = {request.tag: tensor for request, tensor in read_staged(shared(header), device="cpu")}
+    assert list(got) == list(header.tensors)
+    assert all(same(got[name], want[name]) for name in want)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in got.values() if tensor.numel()}
+    assert len(storages) < len([tensor for tensor in got.values() if tensor.numel()]), "nothing is shared"
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in got.values() if tensor.numel())
+
+
+def test_a_piece_that_is_cut_short_gives_the_tensors_before_the_end(file, path_to_memory, sizes):
+    sizes(1 << 16)
+    header = file({f"{n:02}": random_tensor(torch.uint8, (32,), n) for n in range(20)})
+    want, whole = load_file(header.path), header.path.read_bytes()
+    got = {}
+
+    def cut(fd, buffers, offset, read=os.preadv):
+        count = read(fd, buffers, offset)
+        end = header.tensors["07"].begin + 5
+        return max(min(count, end - offset), 0)
+
+    def collect():
+        for request, tensor in read_staged(shared(header), device="cpu"):
+            got[request.tag] = tensor.clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "preadv", cut)
+        with pytest.raises(CheckpointError, match="'07'"):
+            collect()
+    assert list(got) == [f"{n:02}" for n in range(7)]
+    assert all(same(got[name], want[name]) for name in got)
+    assert header.path.read_bytes() == whole
 
 
 # ends ----------------------------------------------------------------------------------------------------------------
@@ -771,7 +807,7 @@ def test_slots_are_used_again_only_when_nothing_is_copied_from_them(file, sizes,
     monkeypatch.setattr(staged, "target_of", Late)
     monkeypatch.setattr(Late, "delay", 0.002)
     # nobody waits for the device, as on a stream: only the slots' own events keep the bytes
-    monkeypatch.setattr(Late, "hand_over", lambda self, landing: None)
+    monkeypatch.setattr(Late, "hand_over", lambda self, copied: None)
     sizes(64, slots=2)
     header = file({f"{i:03}": random_tensor(torch.uint8, (64,), i) for i in range(150)})
     results = list(read_staged(requests_of(header), device="cpu", threads=2))

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from ltx2_engine.ltx2_core.loading import ring
+from ltx2_engine.ltx2_core.loading import pinned, ring
 from ltx2_engine.ltx2_core.loading.checkpoint import read_header, read_tensors
 from ltx2_engine.ltx2_core.loading.staged import Request, read_staged
 from safetensors.torch import load_file, save_file
@@ -94,8 +94,18 @@ def test_interleaved_files(file, small_ring, threads):
     assert all(same(tensor, want[r.file][r.info.name]) for r, tensor in got)
 
 
+@pytest.mark.parametrize("chunk", [4096, 1 << 20])
+def test_neighbours_may_share_memory(file, monkeypatch, chunk):
+    monkeypatch.setattr(ring, "CHUNK_BYTES", chunk)
+    header = file(weights(60))
+    want = load_file(header.path)
+    asked = [Request(header, info, name, shared=True) for name, info in header.tensors.items()]
+    got = {request.tag: tensor for request, tensor in read_staged(asked, device="cuda")}
+    assert all(same(got[name], want[name]) for name in want)
+
+
 def test_slots_are_pinned():
-    assert ring.CudaTarget(torch.device("cuda")).slot(1 << 16).is_pinned()
+    assert ring.CudaTarget(torch.device("cuda")).slot(1 << 16).memory.is_pinned()
 
 
 def test_a_late_stream_gets_the_bits_although_its_tensors_are_dropped_at_once(file, small_ring):
@@ -124,7 +134,7 @@ def test_the_callers_memory_is_overwritten_only_when_its_stream_is_done_with_it(
             pool = {tensor.data_ptr() for tensor in free}
             copies, reused = {}, 0
             given = read_staged(
-                requests_of(header), device="cuda", allocate=lambda r, free=free: (free and free.pop()) or None
+                requests_of(header), device="cuda", allocate=lambda r, free=free: free.pop() if free else None
             )
             for request, tensor in given:
                 torch.cuda._sleep(LATE_CYCLES // 10)
@@ -169,19 +179,13 @@ def test_a_host_arena_is_read_into_without_the_device(file, small_ring, pinned):
         assert same(tensor, want[request.tag])
 
 
-def test_without_pinned_memory_the_bits_are_the_same(file, small_ring, monkeypatch, caplog):
-    empty = torch.empty
-
-    def refuse(*args, pin_memory=False, **options):
-        if pin_memory:
-            raise RuntimeError("no pinned memory today")
-        return empty(*args, **options)
-
-    monkeypatch.setattr(torch, "empty", refuse)
+def test_without_pinned_memory_the_bits_are_the_same(file, small_ring, monkeypatch):
+    monkeypatch.setattr(pinned, "_pin", lambda memory: False)
+    monkeypatch.setattr(ring, "_idle", [])
     header = file(weights(60))
     want = load_file(header.path)
     assert all(same(t, want[r.tag]) for r, t in read_staged(requests_of(header), device="cuda"))
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert not any(memory.pinned for memory in ring._idle)
 
 
 def test_an_ended_reading_leaves_no_memory_and_no_thread(file, small_ring):

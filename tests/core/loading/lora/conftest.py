@@ -43,21 +43,6 @@ def checkpoint(tiny_models):
     return tiny_models / "checkpoints" / checkpoint_file("2.3")
 
 
-@pytest.fixture(scope="session")
-def load(checkpoint):
-    """A function that makes the tiny transformer of 2.3 anew, with the same random weights each time."""
-
-    def transformer(dtype=torch.float32):
-        generator = torch.Generator().manual_seed(7)
-        module = transformer_on_meta("2.3").to_empty(device="cpu").to(dtype).requires_grad_(False)
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
-        return module
-
-    transformer.checkpoint = checkpoint
-    return transformer
-
-
 @pytest.fixture
 def written(tmp_path):
     """A function that writes a file of tensors and returns its path."""

@@ -1,15 +1,19 @@
-"""LoRAs added to a whole transformer: arithmetic, names in every form, and what reaches the log."""
+"""LoRAs merged into a whole transformer: arithmetic, names in every form, and what reaches the log."""
 
 import logging
 import math
 
 import pytest
 import torch
+from ltx2_engine.ltx2_core.loading.build import sources_of
+from ltx2_engine.ltx2_core.loading.changes import Adapter
+from ltx2_engine.ltx2_core.loading.checkpoint import read_header
 from ltx2_engine.ltx2_core.loading.keymap import transformer_checkpoint_name
 from ltx2_engine.ltx2_core.loading.lora.errors import LoraError
 from ltx2_engine.ltx2_core.loading.lora.file import read_lora
-from ltx2_engine.ltx2_core.loading.lora.fuse import fuse, match_module
+from ltx2_engine.ltx2_core.loading.lora.report import match
 from ltx2_engine.ltx2_core.loading.lora.strength import Strength
+from ltx2_engine.ltx2_core.loading.store import WeightStore, load_component
 from ltx2_engine.ltx2_core.testing import assert_close
 from ltx2_engine.ltx2_core.tiny_lora import write_tiny_lora
 from safetensors.torch import load_file
@@ -88,8 +92,34 @@ def named(factors, prefix="trainer", suffixes=SUFFIXES[0], alpha=None):
     return tensors
 
 
-def weights_of(module):
-    return {name: parameter.clone() for name, parameter in module.named_parameters()}
+def adapter(file, strength):
+    return Adapter(file, strength if isinstance(strength, Strength) else Strength.both(strength))
+
+
+@pytest.fixture(scope="module")
+def load(checkpoint, on_meta):
+    """A function that reads the tiny transformer of 2.3 with LoRAs, given as (file, strength)."""
+
+    def transformer(*loras, dtype=torch.float32):
+        adapters = tuple(adapter(*one) for one in loras)
+        file = read_header(checkpoint)
+        return load_component(on_meta("2.3"), file, "transformer", device="cpu", dtype=dtype, adapters=adapters)
+
+    return transformer
+
+
+@pytest.fixture(scope="module")
+def report(shapes):
+    """A function from LoRAs, given as (file, strength), to what they do to the tiny transformer of 2.3."""
+
+    def make(*loras):
+        return match(shapes("2.3"), [(one.file, one.strength) for one in (adapter(*lora) for lora in loras)])
+
+    return make
+
+
+def same(first, second):
+    return all(torch.equal(weight, second.get_parameter(name)) for name, weight in first.named_parameters())
 
 
 def bf16_ulp(values):
@@ -101,27 +131,28 @@ def bf16_ulp(values):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_weights_are_the_float64_sum_rounded_once(load, written, factors, tmp_path, dtype):
-    write_tiny_lora(tmp_path / "b.safetensors", load.checkpoint, rank=5, targets="all", seed=3)
+def test_merged_weights_are_the_float64_sum_rounded_once(load, report, checkpoint, written, factors, tmp_path, dtype):
+    write_tiny_lora(tmp_path / "b.safetensors", checkpoint, rank=5, targets="all", seed=3)
     first = read_lora(written(named(factors, alpha=1.5)))
     second = read_lora(tmp_path / "b.safetensors")
     stored = load_file(second.path)
-    module = load(dtype)
-    before = weights_of(module)
-    report = fuse(module, [(first, 0.8), (second, -1.25)], device="cpu")
-    assert [len(one.matched) for one in report.files] == [len(factors), len(stored) // 2]
+    loras = (first, 0.8), (second, -1.25)
+    found = report(*loras)
+    assert [len(one.matched) for one in found.files] == [len(factors), len(stored) // 2]
+    base, module = load(dtype=dtype), load(*loras, dtype=dtype)
     for name, weight in module.named_parameters():
-        want = before[name].double()
+        before = base.get_parameter(name)
+        want = before.double()
         layer = name.removesuffix(".weight")
         if layer in factors:
             a, b = factors[layer]
             want = want + 0.8 * (1.5 / 3) * (b.double() @ a.double())
-        if layer in report.layers and name.endswith(".weight"):
+        if layer in found.layers and name.endswith(".weight"):
             key = f"diffusion_model.{transformer_checkpoint_name(layer)}"
             want = want - 1.25 * (stored[f"{key}.lora_B.weight"].double() @ stored[f"{key}.lora_A.weight"].double())
-            assert not torch.equal(weight, before[name]), name
-        if torch.equal(want, before[name].double()):
-            assert torch.equal(weight, before[name]), name
+            assert not torch.equal(weight, before), name
+        if torch.equal(want, before.double()):
+            assert torch.equal(weight, before), name
         elif dtype == torch.float32:
             assert_close(name, weight, want, 1e-6)
         else:
@@ -132,51 +163,51 @@ def test_fused_weights_are_the_float64_sum_rounded_once(load, written, factors, 
         assert not weight.requires_grad
 
 
-def test_alpha_counts_as_one_when_absent_and_is_logged_when_it_is_not_the_rank(load, written, factors, caplog):
+def test_alpha_counts_as_one_when_absent_and_is_logged_when_it_is_not_the_rank(load, report, written, factors, caplog):
     caplog.set_level(logging.INFO, "ltx2.loading")
     plain, equal, double = (
         read_lora(written(named(factors, alpha=alpha), name=f"{alpha}.safetensors")) for alpha in (None, 3, 6)
     )
-    results = {}
+    results = []
     for file, strength in ((plain, 1.0), (equal, 1.0), (double, 0.5)):
         caplog.clear()
-        module = load()
-        fuse(module, [(file, strength)], device="cpu")
-        results[file.path.name] = weights_of(module)
+        report((file, strength)).log()
+        results.append(load((file, strength)))
         assert ("alpha/rank is 2, not 1, in 17 layers" in caplog.text) == (file is double)
         assert f"(LoRA, rank 3) at strength {strength:g}: 17 layers changed" in caplog.text
-    first, *others = results.values()
-    for other in others:
-        assert all(torch.equal(first[name], other[name]) for name in first)
+    first, *others = results
+    assert not same(first, load())
+    assert all(same(first, other) for other in others)
 
 
-def test_strength_zero_matches_but_reads_and_changes_nothing(load, written, factors):
+def test_strength_zero_matches_but_reads_and_changes_nothing(load, report, checkpoint, on_meta, written, factors):
     one = read_lora(written(named(factors)))
-    module = load(torch.bfloat16)
-    before = weights_of(module)
-    report = fuse(module, [(one, 0.0)], device="cpu", on_bytes=pytest.fail)
-    assert report.layers == ()
-    assert report.size_bytes == 0
-    assert len(report.files[0].matched) == len(LAYERS)
-    assert all(torch.equal(before[name], value) for name, value in module.named_parameters())
+    found = report((one, 0.0))
+    assert found.layers == ()
+    assert found.size_bytes == 0
+    assert len(found.files[0].matched) == len(LAYERS)
+    sources = sources_of((read_header(checkpoint),), "transformer")
+    store = WeightStore(on_meta("2.3"), sources, device=torch.device("cpu"), dtype=torch.float32)
+    store.converge(tuple)
+    store.converge(lambda: (adapter(one, 0.0),), on_bytes=pytest.fail)
+    assert same(store.module, load())
     counts = []
-    report = fuse(module.requires_grad_(True), [(one, 0.0), (one, 0.5)], device="cpu", on_bytes=counts.append)
-    assert sum(counts) == report.size_bytes == sum(info.size_bytes for info in one.checkpoint.tensors.values())
+    store.converge(lambda: (adapter(one, 0.0), adapter(one, 0.5)), on_bytes=counts.append)
+    assert sum(counts) == report((one, 0.0), (one, 0.5)).size_bytes
+    assert sum(counts) == sum(info.size_bytes for info in one.checkpoint.tensors.values())
+    assert same(store.module, load((one, 0.5)))
 
 
-def test_fusing_in_inference_mode_keeps_normal_parameters_and_reports_every_byte(load, written, factors):
+def test_merging_in_inference_mode_keeps_normal_parameters(load, written, factors):
     file = read_lora(written(named(factors, alpha=2)))
-    module, counts = load(), []
-    pointers = [parameter.data_ptr() for parameter in module.parameters()]
     with torch.inference_mode():
-        report = fuse(module, [(file, 1.0)], device="cpu", on_bytes=counts.append)
-    assert sum(counts) == report.size_bytes == 4 * sum(a.numel() + b.numel() for a, b in factors.values())
+        module = load((file, 1.0))
     assert not any(parameter.is_inference() for parameter in module.parameters())
-    assert pointers == [parameter.data_ptr() for parameter in module.parameters()]
+    assert same(module, load((file, 1.0)))
 
 
 @pytest.mark.reference
-def test_a_file_of_peft_fuses_as_peft_merges(load, written):
+def test_a_file_of_peft_merges_as_in_peft(load, written):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=["to_q", "to_out.0", "net.2"], init_lora_weights=False)
     torch.manual_seed(0)
@@ -187,8 +218,7 @@ def test_a_file_of_peft_fuses_as_peft_merges(load, written):
         name = f"base_model.model.{transformer_checkpoint_name(layer)}"
         tensors |= {f"{name}.lora_{factor}": value, f"{name}.alpha": torch.tensor(10.0)}
     file = read_lora(written({name: tensor.clone() for name, tensor in tensors.items()}))
-    module = load()
-    fuse(module, [(file, 1.0)], device="cpu")
+    module = load((file, 1.0))
     merged = dict(model.merge_and_unload().named_parameters())
     assert len(file.layers) == 3 * (3 * 2 * 2) + 3 * 2
     for name, weight in module.named_parameters():
@@ -196,26 +226,24 @@ def test_a_file_of_peft_fuses_as_peft_merges(load, written):
 
 
 @pytest.mark.reference
-def test_bfloat16_weights_agree_with_ltx_core_but_for_its_roundings(load, ltx_core, tmp_path):
+def test_bfloat16_weights_agree_with_ltx_core_but_for_its_roundings(load, report, checkpoint, ltx_core, tmp_path):
     from ltx_core.loader import LoraStateDictWithStrength, apply_loras
     from ltx_core.loader.primitives import StateDict
 
-    write_tiny_lora(tmp_path / "a.safetensors", load.checkpoint, targets="all")
+    write_tiny_lora(tmp_path / "a.safetensors", checkpoint, targets="all")
     file = read_lora(tmp_path / "a.safetensors")
-    module = load(torch.bfloat16)
-    before = {transformer_checkpoint_name(name): value for name, value in weights_of(module).items()}
+    before = {transformer_checkpoint_name(name): value for name, value in load(dtype=torch.bfloat16).named_parameters()}
     stored = {name.removeprefix("diffusion_model."): value for name, value in load_file(file.path).items()}
 
     def state(tensors):
         return StateDict(tensors, torch.device("cpu"), 0, {torch.bfloat16})
 
     want = apply_loras(state(before), [LoraStateDictWithStrength(state(stored), 0.7)], torch.bfloat16).sd
-    report = fuse(module, [(file, 0.7)], device="cpu")
-    weights = dict(module.named_parameters())
+    module = load((file, 0.7), dtype=torch.bfloat16)
     different = total = 0
-    for layer in report.layers:
+    for layer in report((file, 0.7)).layers:
         key = transformer_checkpoint_name(layer)
-        got, theirs = weights[layer + ".weight"].float(), want[key + ".weight"].float()
+        got, theirs = module.get_parameter(layer + ".weight").float(), want[key + ".weight"].float()
         a, b = (stored[f"{key}.lora_{factor}.weight"].double().abs() for factor in "AB")
         # half a bfloat16 unit (2^-8 of the value) for each rounding: theirs of B and of the product, and both sums
         bound = 2.0**-8 * (2 * 0.7 * (b @ a) + 2 * got.abs()) * (1 + 2.0**-6)
@@ -228,11 +256,8 @@ def test_bfloat16_weights_agree_with_ltx_core_but_for_its_roundings(load, ltx_co
 
 def test_each_stream_has_its_own_strength(load, written, factors):
     file = read_lora(written(named(factors, alpha=2)))
-    weaker = {s: load() for s in (0.5, -1.5)}
-    for strength, module in weaker.items():
-        fuse(module, [(file, strength)], device="cpu")
-    module = load()
-    fuse(module, [(file, Strength(video=0.5, audio=-1.5))], device="cpu")
+    weaker = {s: load((file, s)) for s in (0.5, -1.5)}
+    module = load((file, Strength(video=0.5, audio=-1.5)))
     for name, value in module.named_parameters():
         stream = "audio" if name.startswith("audio.") or ".audio." in name else "video"
         assert torch.equal(value, weaker[0.5 if stream == "video" else -1.5].get_parameter(name)), name
@@ -246,19 +271,15 @@ def test_each_stream_has_its_own_strength(load, written, factors):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_every_prefix_and_suffix_gives_the_same_bits(load, written, factors, prefix):
-    wanted = load()
-    fuse(wanted, [(read_lora(written(named(factors, alpha=2))), 0.9)], device="cpu")
-    wanted = weights_of(wanted)
+    wanted = load((read_lora(written(named(factors, alpha=2))), 0.9))
     for number, ends in enumerate(SUFFIXES):
         file = read_lora(written(named(factors, prefix, ends, alpha=2), name=f"{number}.safetensors"))
         assert set(file.layers) == set(LAYERS)
         assert not file.skipped
-        module = load()
-        fuse(module, [(file, 0.9)], device="cpu")
-        assert all(torch.equal(wanted[name], value) for name, value in module.named_parameters()), ends
+        assert same(load((file, 0.9)), wanted), ends
 
 
-def test_what_is_not_used_is_listed_with_its_reason_and_logged(load, written, factors, caplog):
+def test_what_is_not_used_is_listed_with_its_reason_and_logged(load, report, written, factors, caplog):
     extra = {
         "diffusion_model.transformer_blocks.40.attn1.to_q.lora_A.weight": torch.ones(3, 128),
         "diffusion_model.transformer_blocks.40.attn1.to_q.lora_B.weight": torch.ones(128, 3),
@@ -267,44 +288,43 @@ def test_what_is_not_used_is_listed_with_its_reason_and_logged(load, written, fa
         "diffusion_model.patchify_proj.bias": torch.ones(128),
     }
     file = read_lora(written(named(factors) | extra))
-    report = fuse(load(), [(file, 1.0)], device="cpu")
-    assert dict(report.files[0].skipped) == {
+    [found] = report((file, 1.0)).files
+    report((file, 1.0)).log()
+    assert dict(found.skipped) == {
         "diffusion_model.transformer_blocks.40.attn1.to_q": "this model has no such layer",
         "text_embedding_projection.aggregate_embed": "a part of the text head: LoRAs are added to the transformer alone",
         "diffusion_model.patchify_proj.bias": "neither a factor nor the alpha of a LoRA",
     }
-    assert len(report.files[0].matched) == len(LAYERS)
-    for name, reason in report.files[0].skipped.items():
+    assert len(found.matched) == len(LAYERS)
+    for name, reason in found.skipped.items():
         assert f"lora.safetensors: 1 skipped, {reason}: {name!r}" in caplog.text
+    assert same(load((file, 1.0)), load((read_lora(written(named(factors), name="used.safetensors")), 1.0)))
 
 
-def test_matching_reads_headers_only(written, factors, on_meta):
+def test_matching_reads_headers_only(report, written, factors):
     file = read_lora(written(named(factors)))
     file.path.unlink()
-    assert set(match_module(on_meta("2.3"), [(file, 1.0)]).layers) == set(LAYERS)
+    assert set(report((file, 1.0)).layers) == set(LAYERS)
 
 
 # refusals ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_lora_of_other_sizes_names_both_shapes_and_changes_nothing(load, written, factors):
+def test_a_lora_of_other_sizes_names_both_shapes(report, written, factors):
     good = read_lora(written(named(factors)))
     bad = {
         f"diffusion_model.{ATTN}.lora_A.weight": torch.ones(3, 64),
         f"diffusion_model.{ATTN}.lora_B.weight": torch.ones(96, 3),
     }
     bad = read_lora(written(named(factors) | bad, name="other.safetensors"))
-    module = load()
-    before = weights_of(module)
     with pytest.raises(
         LoraError, match=rf"other.safetensors: .*{ATTN}' changes a weight \[96, 64\], here it is \[128, 128\]"
     ):
-        fuse(module, [(good, 1.0), (bad, 1.0)], device="cpu")
-    assert all(torch.equal(before[name], value) for name, value in module.named_parameters())
+        report((good, 1.0), (bad, 1.0))
 
 
 def test_factors_that_are_not_finite_are_refused(load, written, factors):
     tensors = named(factors)
     tensors[f"diffusion_model.{ATTN}.lora_A.weight"] = torch.full((3, 128), math.nan)
     with pytest.raises(LoraError, match=f"{ATTN}.lora_A.weight' has values that are no numbers"):
-        fuse(load(), [(read_lora(written(tensors)), 1.0)], device="cpu")
+        load((read_lora(written(tensors)), 1.0))

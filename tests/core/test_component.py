@@ -1,0 +1,980 @@
+"""Components on tiny checkpoints: read in the background, stopped anywhere, switched between LoRAs, streamed."""
+
+import contextlib
+import gc
+import os
+import random
+import threading
+import time
+import weakref
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from ltx2_engine.ltx2_core import component as component_module
+from ltx2_engine.ltx2_core.av import AV
+from ltx2_engine.ltx2_core.background import Background
+from ltx2_engine.ltx2_core.component import Component
+from ltx2_engine.ltx2_core.components import adapters_of, network_component, text_encoder_component
+from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
+from ltx2_engine.ltx2_core.engine import LocalEngine, ModelHandle, open_engine
+from ltx2_engine.ltx2_core.evaluate import split_evaluate
+from ltx2_engine.ltx2_core.host import HostOutOfMemory, Interrupted, host, use_host
+from ltx2_engine.ltx2_core.job import SampleJob
+from ltx2_engine.ltx2_core.loading import ring
+from ltx2_engine.ltx2_core.loading.checkpoint import CheckpointError
+from ltx2_engine.ltx2_core.loading.pinned import PinnedMemory
+from ltx2_engine.ltx2_core.model_spec import ModelSpec
+from ltx2_engine.ltx2_core.preflight import open_files
+from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
+from ltx2_engine.ltx2_core.sampling.samplers import SamplerChoice
+from ltx2_engine.ltx2_core.shapes import ClipShape
+from ltx2_engine.ltx2_core.standalone import StandaloneHost
+from ltx2_engine.ltx2_core.text import gemma
+from ltx2_engine.ltx2_core.text.tokenizer import load_tokenizer, tokenize
+from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file, write_tiny_set
+from ltx2_engine.ltx2_core.tiny_lora import write_tiny_lora
+from ltx2_engine.ltx2_core.tiny_packed import write_tiny_packed
+
+CLIP = ClipShape(9, 64, 64, 24.0)
+OFF = StreamGuidance()
+PROMPT = "a bell rings"
+PLAIN, FORMATS = "plain", ("plain", "fp8", "nvfp4")
+POLICIES = ("pair", "pinned", "file", "side")
+# blocks of the tiny transformer, layers of the tiny text encoder
+BLOCKS, LAYERS = 3, 6
+
+NONE = ()
+A = (("a", 1.0, 1.0, 1.0),)
+AB = (*A, ("b", 0.6, 1.0, 1.0))
+HALF_A = (("a", 0.5, 1.0, 1.0),)
+VIDEO_A = (("a", 1.0, 1.0, 0.0),)
+LISTS = (NONE, A, AB, HALF_A, VIDEO_A)
+
+pytestmark = pytest.mark.usefixtures("nothing_runs")
+
+
+@pytest.fixture
+def nothing_runs():
+    gc.collect()
+    yield
+    gc.collect()
+    assert running() == []
+
+
+def running():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ltx2")]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A model folder with the tiny checkpoint of 2.3 in three formats, and two LoRAs."""
+    root = tmp_path_factory.mktemp("component")
+    write_tiny_set(root, "2.3")
+    checkpoint = root / "checkpoints" / checkpoint_file("2.3")
+    checkpoint.rename(checkpoint.with_name("plain.safetensors"))
+    checkpoint = checkpoint.with_name("plain.safetensors")
+    for format in FORMATS[1:]:
+        write_tiny_packed(checkpoint.with_name(f"{format}.safetensors"), checkpoint, format)
+    write_tiny_lora(root / "loras" / "a.safetensors", checkpoint, targets="all", seed=1)
+    write_tiny_lora(root / "loras" / "b.safetensors", checkpoint, rank=2, seed=2, alpha=1.0)
+    write_tiny_lora(root / "loras" / "dora.safetensors", checkpoint, kind="dora", seed=3)
+    return root
+
+
+@pytest.fixture
+def spec(models):
+    """A function from a format and a list of LoRAs to the spec of the model."""
+
+    def make(format=PLAIN, loras=NONE, **options):
+        checkpoint = models / "checkpoints" / f"{format}.safetensors"
+        encoder = models / "text_encoders" / TEXT_ENCODER
+        made = ModelSpec.of(checkpoint, encoder, dtype="bfloat16", device="cpu", **options)
+        for name, strength, video, audio in loras:
+            made = made.with_lora(models / "loras" / f"{name}.safetensors", strength, video=video, audio=audio)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def fresh(spec):
+    """A function from a format and a list of LoRAs to an engine with networks of its own."""
+    made = []
+
+    def make(format=PLAIN, loras=NONE, **options):
+        chosen = spec(format, loras, **options)
+        base = LocalEngine(open_files(chosen.base))
+        made.append(base)
+        return base if not loras else LocalEngine(replace(base.files, spec=chosen), base)
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def context(models):
+    checkpoint = models / "checkpoints" / "plain.safetensors"
+    chosen = ModelSpec.of(checkpoint, models / "text_encoders" / TEXT_ENCODER, dtype="bfloat16", device="cpu")
+    engine = LocalEngine(open_files(chosen))
+    with torch.inference_mode():
+        found = engine.encode(PROMPT)
+    engine.close()
+    return found
+
+
+class Reads:
+    """The reads of every file: how long each takes, how many bytes, and which wait or fail."""
+
+    def __init__(self, read):
+        self._read, self._lock = read, threading.Lock()
+        self.seconds = 0.0
+        self.bytes = Counter()
+        self.order = []
+        self.began = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.waits = lambda file, offset: True
+        self.fails = lambda file, offset: False
+
+    def __call__(self, file, buffers, offset):
+        name = os.path.basename(file.name)
+        with self._lock:
+            self.order.append((name, offset))
+        self.began.set()
+        if self.waits(name, offset):
+            assert self.gate.wait(20), "a test left reads waiting"
+        time.sleep(self.seconds)
+        if self.fails(name, offset):
+            raise OSError(5, "Input/output error")
+        count = self._read(file, buffers, offset)
+        with self._lock:
+            self.bytes[name] += count
+        return count
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Small reads that are watched."""
+    monkeypatch.setattr(ring, "CHUNK_BYTES", 16 << 10)
+    monkeypatch.setattr(ring, "MIN_CHUNK_BYTES", 16 << 10)
+    watched = Reads(ring._read_at)
+    monkeypatch.setattr(ring, "_read_at", watched)
+    yield watched
+    watched.gate.set()
+
+
+@pytest.fixture
+def policy(monkeypatch):
+    """A function that has every network choose this way back."""
+
+    def choose(name):
+        monkeypatch.setattr(component_module, "choose_policy", lambda *_, **__: name)
+
+    return choose
+
+
+def transformer_of(engine):
+    return engine._networks["transformer"]
+
+
+def bits(tensor):
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone()
+
+
+def weights(component):
+    """Every tensor of the network but branches, as bytes."""
+    state = component._store.module.state_dict()
+    return {name: (t.dtype, bits(t)) for name, t in state.items() if ".branches." not in name}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        dtype == second[name][0] and torch.equal(tensor, second[name][1]) for name, (dtype, tensor) in first.items()
+    )
+
+
+def job(context, steps=(1.0, 0.5, 0.0)):
+    return SampleJob(AVLatent(CLIP), context, context, AV(OFF, OFF), steps, SamplerChoice("euler"), 3)
+
+
+def sampled(engine, context):
+    with torch.inference_mode():
+        latents = engine.sample(job(context)).latents
+    return torch.cat([bits(part) for part in latents.present()])
+
+
+def forward(engine, model, context):
+    """One evaluation of the transformer, as bytes."""
+    with torch.inference_mode():
+        states = engine._states(AVLatent(CLIP))
+        noise = torch.Generator().manual_seed(1)
+        x = states.map(lambda s: torch.randn(s.latent.shape, generator=noise).to(s.latent.dtype))
+        features = context.features.map(lambda part: part.to(torch.bfloat16))
+        evaluate = split_evaluate(model, states, plan_passes(AV(OFF, OFF)), features, None, lambda: None)
+        (result,) = evaluate(x, 0.7, AV(True, True))
+        return torch.cat([bits(part) for part in result.present()])
+
+
+def encoded(engine, encoder):
+    with torch.inference_mode():
+        ids = tokenize(load_tokenizer(engine.files.text_encoder.tokenizer), PROMPT)
+        return bits(gemma.hidden_states(encoder, ids)[0])
+
+
+def memory():
+    """Bytes of memory of all tensors in the process."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.device.type == "cpu"]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return sum(storages.values())
+
+
+@contextlib.contextmanager
+def without_collector():
+    """What goes here goes because nothing refers to it, not because the collector came by."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+def watched(component):
+    """Weak references to the network and to everything that was read of it."""
+    module = component._store.module
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if not t.is_meta]
+    return [weakref.ref(one) for one in (component._store, module, *tensors)]
+
+
+def places(engine):
+    """Whether a place of the checkpoint belongs to the transformer."""
+    sources = transformer_of(engine)._files.sources
+    spans = [(info.begin, info.end) for source in sources for info in source.weight.parts.values()]
+    name = engine.files.checkpoint.path.name
+    return lambda file, offset: file == name and any(begin <= offset < end for begin, end in spans)
+
+
+# reading in the background -------------------------------------------------------------------------------------------
+
+
+def test_text_is_encoded_while_the_transformer_is_read(fresh, reads, context):
+    alone = fresh()
+    alone.start = lambda: None
+    want = sampled(alone, context), weights(transformer_of(alone))
+    with torch.inference_mode():
+        prompt = alone.encode(PROMPT)
+
+    engine = fresh()
+    reads.order.clear()
+    reads.gate.clear()
+    engine.start()
+    assert running(), "nothing reads"
+    assert transformer_of(engine).bytes_on("cpu") == 0
+    reads.waits = places(engine)
+    reads.gate.set()
+    until(lambda: engine._text_encoder._loading.join(0))
+    reads.gate.clear()
+    with torch.inference_mode():
+        beside = engine.encode(PROMPT)
+    assert transformer_of(engine)._loading is not None
+    assert not transformer_of(engine)._loading.join(0), "the transformer was not being read"
+    reads.gate.set()
+    assert all(torch.equal(a, b) for a, b in zip(prompt.features.present(), beside.features.present(), strict=True))
+    assert torch.equal(sampled(engine, context), want[0])
+    assert same(weights(transformer_of(engine)), want[1])
+
+
+def test_the_text_encoder_is_read_before_the_transformer(fresh, reads):
+    engine = fresh()
+    reads.seconds = 0.01
+    engine.start()
+    until(lambda: transformer_of(engine)._loading.join(0))
+    of_transformer = places(engine)
+    kinds = [of_transformer(*place) for place in reads.order]
+    assert True in kinds
+    assert False in kinds
+    assert kinds == sorted(kinds)
+
+
+def test_a_second_start_begins_nothing(fresh, reads, context):
+    engine = fresh()
+    engine.start()
+    engine.start()
+    sampled(engine, context)
+    with torch.inference_mode():
+        engine.encode(PROMPT)
+    assert max(Counter(reads.order).values()) == 1, "something was read twice"
+
+
+@pytest.mark.parametrize("policy_name", POLICIES)
+def test_a_lora_that_comes_while_the_model_is_read(spec, fresh, reads, context, policy, policy_name):
+    policy(policy_name)
+    want_engine = fresh(loras=AB)
+    want = sampled(want_engine, context), weights(transformer_of(want_engine))
+    handle = ModelHandle(spec(), open_engine(spec()))
+    of_transformer = places(handle.engine)
+    reads.seconds = 0.01
+    handle.start()
+    until(lambda: sum(of_transformer(*place) for place in reads.order) > 100)
+    assert not transformer_of(handle.engine)._loading.join(0)
+    reads.bytes.clear()
+    for name, strength, video, audio in AB:
+        handle = handle.with_lora(spec(loras=AB).loras[0].path.with_name(f"{name}.safetensors"), strength)
+    reads.seconds = 0.0
+    assert torch.equal(sampled(handle.engine, context), want[0])
+    assert same(weights(transformer_of(handle.engine)), want[1])
+    assert reads.bytes["a.safetensors"] < 2 * os.path.getsize(spec(loras=A).loras[0].path)
+
+
+def test_an_error_of_the_thread_surfaces_in_the_next_user_with_the_files_name(fresh, reads, context):
+    engine = fresh()
+    want = sampled(engine, context)
+    engine.close()
+    reads.fails = places(engine)
+    engine.start()
+    until(lambda: transformer_of(engine)._loading.join(0))
+    with torch.inference_mode():
+        engine.encode(PROMPT)
+    with pytest.raises(CheckpointError, match=r"plain\.safetensors: reading failed \(Input/output error\) at tensor"):
+        sampled(engine, context)
+    assert transformer_of(engine).bytes_on("cpu") == 0
+    reads.fails = lambda *_: False
+    assert torch.equal(sampled(engine, context), want)
+
+
+@pytest.mark.parametrize("which", ["text encoder", "transformer"])
+def test_a_file_cut_short_while_it_is_read(fresh, spec, reads, context, which):
+    engine = fresh()
+    with torch.inference_mode():
+        prompt = engine.encode(PROMPT)
+    want = sampled(engine, context)
+    engine.close()
+    path = next(spec().text_encoder.glob("*.safetensors")) if which == "text encoder" else spec().checkpoint
+    reads.waits = lambda name, offset: name == path.name
+    reads.gate.clear()
+    reads.began.clear()
+    engine.start()
+    until(lambda: any(name == path.name for name, _ in reads.order))
+    with cut(path, 2000):
+        reads.gate.set()
+        with pytest.raises(CheckpointError, match=rf"{path.name}: the file (ends|was changed)"), torch.inference_mode():
+            engine.encode(PROMPT)
+            sampled(engine, context)
+    with torch.inference_mode():
+        again = engine.encode(PROMPT)
+    assert all(torch.equal(a, b) for a, b in zip(prompt.features.present(), again.features.present(), strict=True))
+    assert torch.equal(sampled(engine, context), want)
+
+
+@contextlib.contextmanager
+def cut(path, size):
+    """A file without what follows ``size`` bytes, for a while."""
+    content, status = path.read_bytes(), path.stat()
+    os.truncate(path, size)
+    try:
+        yield
+    finally:
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("complete", [False, True], ids=["first reading", "switch"])
+def test_a_lora_cut_short_while_it_is_read_is_named(fresh, spec, reads, context, complete):
+    base = fresh()
+    want = sampled(base, context)
+    if not complete:
+        base.close()
+    chosen = spec(loras=A)
+    engine = LocalEngine(replace(base.files, spec=chosen), base)
+    reads.waits = lambda name, offset: name == "a.safetensors"
+    reads.gate.clear()
+    with cut(chosen.loras[0].path, 20_000):
+        threading.Timer(0.05, reads.gate.set).start()
+        with pytest.raises(CheckpointError, match=r"a\.safetensors: the file (ends|was changed)"):
+            sampled(engine, context)
+    assert torch.equal(sampled(base, context), want)
+    assert torch.equal(sampled(engine, context), sampled(fresh(loras=A), context))
+
+
+# stopping ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_gives_control_and_memory_back_within_a_second(fresh, reads, context):
+    engine = fresh()
+    want = sampled(engine, context)
+    engine.close()
+    component = transformer_of(engine)
+    before = memory()
+    reads.seconds = 0.05
+    found, times = [], []
+
+    def interrupt(standalone):
+        until(lambda: component.bytes_on("cpu") > 100_000)
+        found.extend(watched(component))
+        times.append(time.monotonic())
+        standalone.interrupt()
+
+    with use_host(StandaloneHost(progress="quiet")) as standalone, without_collector():
+        thread = threading.Thread(target=interrupt, args=(standalone,))
+        thread.start()
+        with pytest.raises(Interrupted):
+            component.use(0)
+        took = time.monotonic() - times[0]
+        thread.join()
+        assert took < 1
+        assert running() == []
+        assert len(found) > 10
+        assert [one for one in found if one() is not None] == []
+        reads.seconds = 0.0
+        assert component.bytes_on("cpu") == 0
+        assert memory() <= before
+        assert torch.equal(sampled(engine, context), want)
+
+
+def test_an_interrupt_while_the_first_of_two_is_read_stops_both(fresh, reads, context):
+    engine = fresh()
+    reads.seconds = 0.05
+    with use_host(StandaloneHost(progress="quiet")) as standalone, torch.inference_mode():
+        engine.start()
+        until(lambda: engine._text_encoder.bytes_on("cpu") > 0)
+        standalone.interrupt()
+        started = time.monotonic()
+        with pytest.raises(Interrupted):
+            engine.encode(PROMPT)
+        assert time.monotonic() - started < 1
+        until(lambda: running() == [], 1.0)
+        reads.seconds = 0.0
+        engine.encode(PROMPT)
+        assert torch.equal(sampled(engine, context), sampled(fresh(), context))
+
+
+class Flagged(StandaloneHost):
+    """As in ComfyUI: the flag can be seen without being taken back, and the exception is the host's own."""
+
+    class Stopped(BaseException):
+        pass
+
+    def check_interrupt(self):
+        if self._stop.is_set():
+            self._stop.clear()
+            raise self.Stopped
+
+
+def test_the_hosts_own_exception_is_raised_also_where_the_thread_saw_the_flag_first(fresh, reads):
+    engine = fresh()
+    component = transformer_of(engine)
+    with use_host(Flagged(progress="quiet")) as flagged:
+        component.start(0)
+        flagged.interrupt()
+        until(lambda: component._loading.join(0))
+        with pytest.raises(Flagged.Stopped):
+            component.use(0)
+        assert not flagged.interrupted()
+
+
+def test_a_reading_that_an_earlier_interrupt_stopped_begins_again(fresh, reads, context):
+    """The flag is taken back elsewhere: the next run is none of its business."""
+    engine = fresh()
+    want = sampled(fresh(), context)
+    component = transformer_of(engine)
+    reads.seconds = 0.01
+    with use_host(Flagged(progress="quiet")) as flagged:
+        component.start(0)
+        until(lambda: component.bytes_on("cpu") > 0)
+        flagged.interrupt()
+        until(lambda: component._loading.join(0))
+        with pytest.raises(Flagged.Stopped):
+            flagged.check_interrupt()
+        reads.seconds = 0.0
+        assert torch.equal(sampled(engine, context), want)
+
+
+@pytest.mark.parametrize("landed", [False, True])
+def test_the_last_handle_that_goes_stops_its_threads(spec, reads, landed):
+    engine = open_engine(spec())
+    component, encoder = transformer_of(engine), engine._text_encoder
+    reads.seconds = 0.02
+    engine.start()
+    until(lambda: (component if landed else encoder).bytes_on("cpu") > 0)
+    found = [*watched(component), *watched(encoder)]
+    with without_collector():
+        del engine
+        assert running() == []
+        assert [one for one in found if one() is not None] == []
+    assert component.bytes_on("cpu") == 0
+    assert not any(one is component for one in host()._residents)
+
+
+def test_an_engine_that_the_collector_finds_in_a_reading_thread_stops_too(spec, reads):
+    """An engine in a circle of references, as a traceback makes them, goes wherever the collector runs."""
+    collected = threading.Event()
+
+    def collect(name, offset):
+        if not collected.is_set() and dropped.is_set():
+            gc.collect()
+            collected.set()
+        return False
+
+    dropped = threading.Event()
+    reads.fails = collect
+    reads.seconds = 0.01
+    with without_collector():
+        engine = open_engine(spec())
+        component = transformer_of(engine)
+        component.start(0)
+        circle = [engine]
+        circle.append(circle)
+        until(lambda: component.bytes_on("cpu") > 0)
+        del engine, circle
+        dropped.set()
+        until(collected.is_set)
+        until(lambda: running() == [], 3.0)
+    assert component.bytes_on("cpu") == 0
+
+
+@pytest.mark.parametrize("landed", [False, True])
+@pytest.mark.parametrize("way", ["release", "close"])
+def test_giving_memory_back_stops_the_reading(fresh, reads, context, way, landed):
+    engine = fresh()
+    component = transformer_of(engine)
+    reads.seconds = 0.02
+    if landed:
+        component.start(0)
+        until(lambda: component.bytes_on("cpu") > 0)
+    else:
+        reads.gate.clear()
+        component.start(0)
+        threading.Timer(0.05, reads.gate.set).start()
+    found = watched(component)
+    with without_collector():
+        if way == "close":
+            component.close()
+        else:
+            component.release("cpu", None)
+        assert running() == []
+        assert [one for one in found if one() is not None] == []
+    assert component.bytes_on("cpu") == component.pending_bytes == 0
+    reads.seconds = 0.0
+    assert torch.equal(sampled(engine, context), sampled(fresh(), context))
+
+
+def test_a_host_that_needs_room_stops_the_reading(fresh, reads, context):
+    engine = fresh()
+    component = transformer_of(engine)
+    reads.seconds = 0.02
+    with use_host(Machine(4 << 20)) as machine:
+        component.start(0)
+        until(lambda: component.bytes_on("cpu") > 0)
+        machine.admit(engine._networks["video_encoder"], "cpu", 4 << 20, 0)
+        assert running() == []
+        assert component.bytes_on("cpu") == 0
+
+
+def test_an_error_leaves_nothing_behind_for_the_collector(fresh, reads):
+    engine = fresh()
+    component = transformer_of(engine)
+    component._the_store()
+    end = places(engine)
+    reads.fails = lambda name, offset: end(name, offset) and len(reads.order) > 150
+    found = []
+    with without_collector():
+        with contextlib.suppress(CheckpointError):
+            found.append(weakref.ref(component._store.module))
+            component.use(0)
+            raise AssertionError("nothing failed")
+        assert found[0]() is None
+
+
+def test_an_error_that_is_kept_keeps_no_weights(fresh, reads):
+    """Hosts keep the last error for their log."""
+    engine = fresh()
+    component = transformer_of(engine)
+    end = places(engine)
+    reads.fails = lambda name, offset: end(name, offset) and len(reads.order) > 150
+    before = memory()
+    with pytest.raises(CheckpointError) as kept:
+        component.use(0)
+    assert memory() <= before
+    assert kept.value.__traceback__ is not None
+
+
+# switching between LoRAs ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def network(fresh, context):
+    """A function from a format to a transformer, what it computes with a list of LoRAs, and a fresh one's result."""
+    wanted = {}
+
+    class Network:
+        def __init__(self, format=PLAIN, **options):
+            self.engine = fresh(format, **options)
+            self.component = transformer_of(self.engine)
+            self.format = format
+
+        def adapters(self, loras):
+            spec = self.engine.files.spec
+            for name, strength, video, audio in loras:
+                path = spec.checkpoint.parents[1] / "loras" / f"{name}.safetensors"
+                spec = spec.with_lora(path, strength, video=video, audio=audio)
+            return adapters_of(replace(self.engine.files, spec=spec))[0]
+
+        def result(self, loras=NONE, streamed=0, work=0):
+            model = self.component.use(work, self.adapters(loras), streamed=streamed)
+            return forward(self.engine, model, context), weights(self.component)
+
+        def holds(self, loras=NONE, streamed=0, **options):
+            """Whether it has, with these LoRAs, the bits that a network has which never had others."""
+            key = self.format, loras, self.component._store and self.component._store.pristine.policy
+            got = self.result(loras, streamed, **options)
+            policy = self.component._store.pristine.policy
+            key = self.format, loras, policy == "side"
+            if key not in wanted:
+                other = Network(self.format)
+                other.component._the_store().pristine.policy = "side" if policy == "side" else "file"
+                wanted[key] = other.result(loras)
+                other.component.close()
+            want = wanted[key]
+            return torch.equal(got[0], want[0]) and same(got[1], want[1])
+
+    return Network
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", POLICIES)
+def test_lists_in_any_order_give_the_bits_of_a_fresh_engine(network, policy, name, format):
+    policy(name)
+    one = network(format)
+    order = [*LISTS, *random.Random(name + format).choices(LISTS, k=6), NONE]
+    for loras in order:
+        assert one.holds(loras), (loras, order)
+    results = {loras: one.result(loras)[0] for loras in LISTS}
+    assert len({tuple(r.tolist()) for r in results.values()}) == len(LISTS), "lists that should differ do not"
+
+
+def test_handles_of_one_model_share_its_weights_and_keep_their_lists(spec, fresh, context):
+    base = ModelHandle(spec(), open_engine(spec()))
+    paths = {name: spec(loras=((name, 1.0, 1.0, 1.0),)).loras[0].path for name in ("a", "b")}
+    handles = {NONE: base, A: base.with_lora(paths["a"], 1.0), HALF_A: base.with_lora(paths["a"], 0.5)}
+    handles[AB] = handles[A].with_lora(paths["b"], 0.6)
+    handles[VIDEO_A] = base.with_lora(paths["a"], 1.0, audio=0.0)
+    assert len({id(transformer_of(one.engine)) for one in handles.values()}) == 1
+    want = {loras: sampled(fresh(loras=loras), context) for loras in handles}
+    order = [*handles, *random.Random(0).choices(list(handles), k=8)]
+    for loras in order:
+        assert torch.equal(sampled(handles[loras].engine, context), want[loras]), (loras, order)
+
+
+def test_a_pair_switches_without_reading(network, policy, reads):
+    policy("pair")
+    one = network()
+    base = one.result()
+    merged = one.result(A)
+    reads.bytes.clear()
+    for _ in range(2):
+        assert same(one.result()[1], base[1])
+        assert same(one.result(A)[1], merged[1])
+    assert sum(reads.bytes.values()) == 0
+    one.result(HALF_A)
+    assert set(reads.bytes) == {"a.safetensors"}, "the base was read again"
+
+
+def test_bases_in_host_memory_are_read_once(network, policy, reads):
+    policy("pinned")
+    one = network()
+    one.result(A)
+    one.component._keeping.join()
+    reads.bytes.clear()
+    assert one.holds()
+    assert sum(reads.bytes.values()) == 0
+    assert one.holds(HALF_A)
+    assert reads.bytes["plain.safetensors"] == 0
+
+
+def test_a_switch_stops_the_keeping(network, policy, reads):
+    policy("pinned")
+    one = network()
+    one.result(A)
+    one.component._keeping.join()
+    whole = one.component.bytes_on("cpu")
+    one.component.close()
+    one.result(A)
+    one.component._stop_keeping()
+    for loras in (HALF_A, AB, A, HALF_A, A):
+        reads.seconds = 0.01
+        one.component._keep()
+        until(lambda: any(thread.name.startswith("ltx2 keeps") for thread in threading.enumerate()))
+        reads.seconds = 0.0
+        assert one.holds(loras)
+    one.component._keeping.join()
+    assert one.component.bytes_on("cpu") == whole
+    assert sum(piece.memory.nbytes for piece in one.component._kept) < 1.5 * full_touched(one)
+
+
+def full_touched(one):
+    return one.component._store.touched(one.adapters(A))[0]
+
+
+def test_memory_does_not_grow_with_switches(network, policy):
+    for name in POLICIES:
+        policy(name)
+        one = network()
+        sizes = []
+        for _ in range(4):
+            for loras in (A, NONE, AB, HALF_A):
+                one.result(loras)
+                if one.component._keeping is not None:
+                    one.component._keeping.join()
+            sizes.append((one.component.bytes_on("cpu"), memory()))
+        assert len(set(sizes[1:])) == 1, (name, sizes)
+        one.component.close()
+
+
+def test_forgetting_the_bases_gives_their_memory_back(network, policy):
+    for name in ("pair", "pinned"):
+        policy(name)
+        one = network()
+        one.result(A)
+        if one.component._keeping is not None:
+            one.component._keeping.join()
+        held, before = one.component.bytes_on("cpu"), memory()
+        freed = one.component.release("cpu", 1)
+        assert freed > 1 << 20
+        assert one.component.bytes_on("cpu") == held - freed
+        assert one.component._reached is not None, "the weights went too"
+        assert memory() <= before - 0.9 * freed, name
+        assert one.holds(A)
+        assert one.holds()
+        one.component.close()
+
+
+def test_the_way_back_counts_what_is_still_to_be_loaded(network, monkeypatch):
+    """The room for bases is what the loaded network and its work leave."""
+    asked = []
+
+    def choose(touched, work, *, device_free, host_free, low_rank):
+        asked.append(device_free)
+        return "file"
+
+    monkeypatch.setattr(component_module, "choose_policy", choose)
+    one = network()
+    with use_host(Machine(100 << 20)):
+        one.result(A)
+    one.component.close()
+    with use_host(Machine(100 << 20)) as machine:
+        one.result()
+        one.result(A)
+        assert machine.free_bytes("cpu") == (100 << 20) - one.component.full_bytes
+    assert asked == [(100 << 20) - one.component.full_bytes] * 2
+
+
+# streaming -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("streamed", [1, 2, BLOCKS])
+def test_a_streamed_transformer_gives_the_bits_of_a_resident_one(network, policy, format, streamed):
+    policy("file")
+    one = network(format)
+    for loras in (NONE, A, AB, NONE, VIDEO_A):
+        assert one.holds(loras, streamed=streamed), loras
+    assert one.component._stream.copies > 0
+
+
+@pytest.mark.parametrize("streamed", [1, LAYERS // 2, LAYERS])
+def test_a_streamed_text_encoder_gives_the_bits_of_a_resident_one(fresh, streamed):
+    engine = fresh()
+    want = encoded(engine, engine._text_encoder.use(0))
+    for count in (streamed, 0, streamed):
+        got = encoded(engine, engine._text_encoder.use(0, streamed=count))
+        assert torch.equal(got, want)
+    assert engine._text_encoder._stream.copies == streamed
+    engine._text_encoder.close()
+    assert torch.equal(encoded(engine, engine._text_encoder.use(0, streamed=streamed)), want)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", POLICIES)
+def test_lists_and_streamed_counts_in_any_order(network, policy, name, format):
+    policy(name)
+    one = network(format)
+    choice = random.Random(f"{name} {format}")
+    steps = [(A, 0), (A, 2), (NONE, 2), (A, 2), (A, 0), (NONE, 0)]
+    steps += [(choice.choice(LISTS), choice.randrange(BLOCKS + 1)) for _ in range(8)]
+    for number, (loras, streamed) in enumerate(steps):
+        assert one.holds(loras, streamed=streamed), steps[: number + 1]
+
+
+def test_weights_made_dense_for_a_lora_stream_too(network, policy):
+    policy("file")
+    one = network("nvfp4")
+    dora = (("dora", 0.8, 1.0, 1.0),)
+    for loras, streamed in ((dora, 2), (NONE, 2), (dora, 3), (dora, 0), (NONE, 1)):
+        assert one.holds(loras, streamed=streamed), (loras, streamed)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_does_not_stream_lies_on_the_device_and_what_streams_in_arenas(network, policy, name, format):
+    """Of every tensor, branches included: on a GPU the others would be on the wrong device."""
+    policy(name)
+    one = network(format)
+    for loras, streamed in ((A, 2), (NONE, 2), (A, 2), (A, 0), (A, 1), (NONE, 0), (A, 3)):
+        one.result(loras, streamed)
+        inside = arena_ranges(one.component)
+        blocks = one.component._store.module.blocks
+        for number, block in enumerate(blocks):
+            streams = number >= BLOCKS - streamed
+            for tensor in (*block.parameters(), *block.buffers()):
+                assert lies_in(tensor, inside) == streams, (loras, streamed, number)
+
+
+def arena_ranges(component):
+    return [
+        (arena.memory.data_ptr(), arena.memory.data_ptr() + arena.size_bytes) for arena in component._arenas.values()
+    ]
+
+
+def lies_in(tensor, ranges):
+    return any(begin <= tensor.data_ptr() < end for begin, end in ranges)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_bytes_are_those_that_were_predicted(network, format):
+    one = network(format)
+    component = one.component
+    for streamed in (0, 2, 3, 1, 0):
+        one.result(streamed=streamed)
+        assert component.bytes_on("cpu") == component.device_bytes(streamed)
+        component.rest()
+        slots = min(2, streamed) * max(component.block_bytes)
+        assert component.bytes_on("cpu") == component.device_bytes(streamed) - slots == component.full_bytes
+
+
+@pytest.mark.parametrize("loras", [NONE, AB], ids=["base", "LoRAs"])
+@pytest.mark.parametrize("format", ["plain", "nvfp4"])
+def test_runs_leave_memory_as_it_was(network, policy, format, loras):
+    policy("file")
+    one = network(format)
+    for streamed in (2, 0):
+        sizes = []
+        for _ in range(5):
+            one.result(loras, streamed)
+            sizes.append((one.component.bytes_on("cpu"), memory()))
+        assert len(set(sizes)) == 1, sizes
+
+
+@pytest.mark.parametrize("format", ["plain", "nvfp4"])
+def test_blocks_that_stream_no_more_give_host_memory_back(network, policy, format):
+    policy("file")
+    one = network(format)
+    one.result(A)
+    before = memory()
+    for streamed in (2, 3, 1):
+        one.result(A, streamed)
+        one.result(NONE, streamed)
+        one.result(A, streamed)
+        slots = one.component._stream.slot_bytes
+        assert memory() <= before + slots + (64 << 10), "blocks lie in memory twice"
+        pinned = [weakref.ref(arena.memory) for arena in one.component._arenas.values()]
+        assert one.holds(A)
+        assert memory() <= before + (64 << 10)
+        assert [one for one in pinned if one() is not None] == []
+
+
+def test_release_gives_slots_first_and_then_everything(network):
+    one = network()
+    component = one.component
+    want = one.result(streamed=2)
+    slots = component._stream.slot_bytes
+    held, before = component.bytes_on("cpu"), memory()
+    assert component.release("cpu", 1) == slots
+    assert component.bytes_on("cpu") == held - slots
+    assert memory() <= before - slots
+    found = watched(component)
+    with without_collector():
+        assert component.release("cpu", None) == held - slots
+        assert [one for one in found if one() is not None] == []
+    assert component.bytes_on("cpu") == 0
+    assert memory() <= before - held
+    got = one.result(streamed=2)
+    assert torch.equal(got[0], want[0])
+
+
+def test_an_interrupted_switch_of_a_streamed_network_goes_on(network, policy, reads):
+    """The next use streams again, also when a reading in the background came between."""
+    policy("file")
+    one = network()
+    one.result(streamed=2)
+    reads.seconds = 0.02
+    with use_host(StandaloneHost(progress="quiet")) as standalone:
+        one.component.rest()
+        threading.Timer(0.1, standalone.interrupt).start()
+        with pytest.raises(Interrupted):
+            one.result(A, 2)
+        reads.seconds = 0.0
+        one.component.start(0)
+        assert one.holds(A, streamed=2)
+        assert one.component._stream is not None
+        assert one.component._stream.copies > 0
+
+
+# fitting -------------------------------------------------------------------------------------------------------------
+
+
+class Machine(StandaloneHost):
+    """A host whose device has so many bytes, of which its residents' are taken."""
+
+    def __init__(self, total, taken=0):
+        super().__init__(progress="quiet")
+        self.total, self.taken = total, taken
+
+    def compute_devices(self):
+        return ["cpu"]
+
+    def free_bytes(self, device):
+        return max(self.total - self.taken - sum(one.bytes_on(device) for one in self._residents), 0)
+
+
+GPU = "cpu:0"
+
+
+class OnDevice(Component):
+    """A component on a device apart: the memory of ``cpu:0`` but for the arenas, which belong to the host."""
+
+    def bytes_on(self, device):
+        if self._store is None:
+            return 0
+        ranges = arena_ranges(self)
+        store = self._store
+        held = {id(t): t for t in (*store.module.parameters(), *store.module.buffers(), *store.pristine.tensors())}
+        held |= {id(t): t for branches in store._branches.values() for t in branches.modules.buffers()}
+        in_host = sum(t.nbytes for t in held.values() if not t.is_meta and lies_in(t, ranges))
+        total = sum(t.nbytes for t in held.values() if not t.is_meta)
+        slots = self._stream.device_bytes if self._stream is not None else 0
+        return {GPU: total - in_host + slots, "cpu": in_host}[device]
+
+
+@pytest.fixture
+def apart(fresh, monkeypatch):
+    """A function from a limit to a transformer on a device apart, and its engine."""
+    monkeypatch.setattr(component_module, "RESERVE_BYTES", 0)
+
+    def make(limit=None):
+        engine = fresh()
+        files = transformer_of(engine)._files
+        return engine, OnDevice("transformer", files, device=GPU, dtype=torch.bfloat16, limit=limit)
+
+    return make
