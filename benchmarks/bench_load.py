@@ -1,11 +1,11 @@
-"""Loading at full size: a transformer, a LoRA beside it, changes of strength, and the time until something is seen.
+"""Loading at full size: a transformer, a LoRA beside it, and changes of strength.
 
 python benchmarks/bench_load.py
-python benchmarks/bench_load.py --diffusers    (the same files through diffusers, accelerate and peft)
 
 Files are random, written once and read from the page cache; every figure is the median of the repetitions, from the
-header to the last tensor in place. Checks before it reports: bits of a loaded tensor against the safetensors library,
+header to the last tensor in place. Checks before it reports: bits of loaded tensors against the safetensors library,
 overlapped against sequential merging, and the base after a LoRA was taken off.
+bench_load_diffusers.py does the same through diffusers, bench_first_step.py measures until something is seen.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import argparse
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -24,14 +23,14 @@ import torch
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.config.released import released_config
 from ltx2_engine.ltx2_core.loading.build import sources_of
-from ltx2_engine.ltx2_core.loading.changes import Adapter
+from ltx2_engine.ltx2_core.loading.changes import Adapter, Adapters
 from ltx2_engine.ltx2_core.loading.checkpoint import read_header
 from ltx2_engine.ltx2_core.loading.lora.file import read_lora
 from ltx2_engine.ltx2_core.loading.lora.strength import Strength
 from ltx2_engine.ltx2_core.loading.pinned import PinnedMemory
 from ltx2_engine.ltx2_core.loading.store import WeightStore
 from ltx2_engine.ltx2_core.networks import build_on_meta
-from random_files import write_transformer, write_lora
+from random_files import write_lora, write_transformer
 from report import Row, write
 from safetensors import safe_open
 
@@ -55,14 +54,9 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-@contextmanager
-def emptied() -> Iterator[None]:
-    """Device memory is given back before and after."""
-    for _ in range(2):
-        gc.collect()
-        torch.cuda.empty_cache()
-        if _ == 0:
-            yield
+def empty_cache() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def link_rate() -> float:
@@ -74,20 +68,21 @@ def link_rate() -> float:
     return (4 << 30) / seconds
 
 
-def loads(path: Path, model: ModelConfig, adapters: tuple, *, repeat: int, policy: str | None, overlap: bool = True):
-    """Seconds of loads from nothing; the last store is returned too."""
-    seconds, store = [], None
+def loads(
+    path: Path, model: ModelConfig, adapters: Adapters, *, repeat: int, policy: str | None, overlap: bool = True
+) -> tuple[float, WeightStore]:
+    """Seconds of loads from nothing, and the last store."""
+    seconds = []
     for _ in range(repeat):
-        store = None
-        with emptied():
+        stores: list[WeightStore] = []
 
-            def load() -> None:
-                nonlocal store
-                store = new_store(path, model, policy)
-                store.converge(lambda: adapters, overlap=overlap)
+        def load(stores: list[WeightStore] = stores) -> None:
+            stores.append(new_store(path, model, policy))
+            stores[0].converge(lambda: adapters, overlap=overlap)
 
-            seconds.append(timed(load))
-    return median(seconds), store
+        empty_cache()
+        seconds.append(timed(load))
+    return median(seconds), stores.pop()
 
 
 def classical(path: Path, lora: Path, model: ModelConfig) -> float:
@@ -98,47 +93,46 @@ def classical(path: Path, lora: Path, model: ModelConfig) -> float:
         store.converge(tuple)
         layers = read_lora(lora).layers
         with safe_open(lora, framework="pt") as file:
-            factors = {key: file.get_tensor(key).to("cuda") for key in file.keys()}
+            factors = {key: file.get_tensor(key).to("cuda") for key in file.keys()}  # noqa: SIM118
         for layer in layers.values():
             weight = store.module.get_parameter(f"{layer.owner}.weight")
             weight += factors[layer.tensors["B"].name] @ factors[layer.tensors["A"].name]
 
-    with emptied(), torch.no_grad():
-        return timed(load)
+    empty_cache()
+    return timed(load)
 
 
-def strength_changes(path: Path, lora: Path, model: ModelConfig, repeat: int) -> Iterator[Row]:
-    """Seconds from one strength to another, for every way back; checks that the base comes back."""
-    bars = {"pinned": "<= 1.5", "pair": "<= 0.5", "side": "<= 0.1", "file": ""}
-    for policy, bar in bars.items():
-        with emptied():
-            store, pieces = new_store(path, model, policy), []
-            store.converge(tuple)
-            base = store.module.get_parameter(PROBE).clone()
-            file = read_lora(lora)
-            store.converge(lambda: (Adapter(file, Strength.both(1.0)),))
-            if policy == "pinned":
+BARS = {"pinned": "<= 1.5", "pair": "<= 0.5", "side": "<= 0.1", "file": ""}
 
-                def pinned(count: int) -> torch.Tensor:
-                    pieces.append(PinnedMemory(count))
-                    return pieces[-1].memory
 
-                seconds = timed(lambda: store.keep_in(pinned, lambda: False))
-                yield Row("bases to pinned memory, in the background", seconds, "s")
-            seconds = []
-            for number in range(repeat):
-                adapter = Adapter(file, Strength.both(0.25 + number / 8))
-                seconds.append(timed(lambda: store.converge(lambda: (adapter,))))
-            yield Row(f"strength change, {policy}", median(seconds), "s", bar)
-            yield Row(f"LoRA off, {policy}", timed(lambda: store.converge(tuple)), "s")
-            if policy == "pair":
-                yield Row("the same LoRA on again, pair", timed(lambda: store.converge(lambda: (adapter,))), "s")
-                store.converge(tuple)
-            assert torch.equal(store.module.get_parameter(PROBE), base), f"{policy}: the base did not come back"
-            for piece in pieces:
-                piece.close()
-            del store, base
-    return
+def strength_changes(path: Path, lora: Path, model: ModelConfig, repeat: int, policy: str) -> list[Row]:
+    """Seconds from one strength to another with one way back; checks that the base comes back."""
+    empty_cache()
+    store, pieces, rows = new_store(path, model, policy), [], []
+    store.converge(tuple)
+    base = store.module.get_parameter(PROBE).clone()
+    adapters = [(Adapter(read_lora(lora), Strength.both(strength)),) for strength in (1.0, 0.25, 0.5, 0.75, 0.125)]
+
+    def pinned(count: int) -> torch.Tensor:
+        pieces.append(PinnedMemory(count))
+        return pieces[-1].memory
+
+    store.converge(lambda: adapters[0])
+    if policy == "pinned":
+        seconds = timed(lambda: store.keep_in(pinned, lambda: False))
+        rows.append(Row("bases to pinned memory, in the background", seconds, "s"))
+    changes = [timed(lambda one=one: store.converge(lambda: one)) for one in adapters[1 : repeat + 1]]
+    rows.append(Row(f"strength change, {policy}", median(changes), "s", BARS[policy]))
+    rows.append(Row(f"LoRA off, {policy}", timed(lambda: store.converge(tuple)), "s"))
+    if policy == "pair":
+        again = timed(lambda: store.converge(lambda: adapters[repeat]))
+        rows.append(Row("the same LoRA on again, pair", again, "s"))
+        store.converge(tuple)
+    if not torch.equal(store.module.get_parameter(PROBE), base):
+        raise SystemExit(f"{policy}: the base did not come back: no figures")
+    for piece in pieces:
+        piece.close()
+    return rows
 
 
 def check(path: Path, store: WeightStore) -> None:
@@ -176,18 +170,20 @@ def measure(path: Path, lora: Path, model: ModelConfig, repeat: int) -> list[Row
     adapters = (Adapter(read_lora(lora), Strength.both(1.0)),)
     size, lora_size = path.stat().st_size, lora.stat().st_size
     loads(path, model, adapters, repeat=1, policy="pair")  # touches host memory and the page cache once
+    empty_cache()
     rate = link_rate()
     base, store = loads(path, model, (), repeat=repeat, policy=None)
     check(path, store)
-    store = None
+    del store
     overlapped, store = loads(path, model, adapters, repeat=repeat, policy="pair")
     merged = store.module.get_parameter(PROBE).clone()
-    store = None
+    del store
     sequential, store = loads(path, model, adapters, repeat=repeat, policy="pair", overlap=False)
-    assert torch.equal(store.module.get_parameter(PROBE), merged), "overlap changes bits"
-    store = None
+    if not torch.equal(store.module.get_parameter(PROBE), merged):
+        raise SystemExit("overlap changes bits: no figures")
+    del store
     old = median(classical(path, lora, model) for _ in range(repeat))
-    return [
+    rows = [
         Row("transformer", size / 1e9, "GB"),
         Row("LoRA", lora_size / 1e9, "GB"),
         Row("pinned host to device", rate / 1e9, "GB/s"),
@@ -200,8 +196,10 @@ def measure(path: Path, lora: Path, model: ModelConfig, repeat: int) -> list[Row
         Row("overlapped / transformer alone", overlapped / base, "1", "<= 1.30"),
         Row("bytes alone", (size + lora_size) / size, "1"),
         Row("overlapped / classical order", overlapped / old, "1", "<= 0.80"),
-        *strength_changes(path, lora, model, repeat),
     ]
+    for policy in BARS:
+        rows += strength_changes(path, lora, model, repeat, policy)
+    return rows
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.loading.keymap import checkpoint_name, transformer_checkpoint_name
 from ltx2_engine.ltx2_core.networks import build_on_meta
+from random_model import gemma_folder
 
 STD = 0.02
 Shapes = Mapping[str, tuple[int, ...]]
@@ -61,3 +62,9 @@ def write_random(path: Path, shapes: Shapes, metadata: Mapping[str, str], seed: 
             data = memoryview(tensor.cpu().flatten().view(torch.uint8).numpy())
             while data:
                 data = data[file.write(data) :]
+
+
+def write_gemma(folder: Path, layers: int) -> None:
+    """A folder of Gemma 3 12B with so many layers, with the tiny tokenizer, whose ids are within the vocabulary."""
+    shapes = gemma_folder(folder, layers)
+    write_random(folder / "model.safetensors", shapes, {})

@@ -99,7 +99,15 @@ def write_full_size_lora(root: Path, label: str, rank: int) -> str:
 
 
 def _write_gemma(folder: Path) -> None:
-    write_tiny_gemma(folder)  # for its tokenizer, whose ids are within the large vocabulary
+    _write_sparse(folder / "model.safetensors", gemma_folder(folder), {})
+
+
+def gemma_folder(folder: Path, layers: int = 48) -> dict[str, tuple[int, ...]]:
+    """Write what a Gemma 3 12B folder holds besides weights; returns the weights' names and shapes.
+
+    The tokenizer is the tiny one, whose ids are within the large vocabulary.
+    """
+    write_tiny_gemma(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     kept = {
@@ -107,14 +115,13 @@ def _write_gemma(folder: Path) -> None:
         for key in ("model_type", "bos_token_id", "eos_token_id", "pad_token_id")
         if key in config["text_config"]
     }
-    config["text_config"] = kept | GEMMA_12B
+    config["text_config"] = kept | GEMMA_12B | {"num_hidden_layers": layers}
     path.write_text(json.dumps(config), encoding="utf-8")
     with torch.device("meta"):
         module = gemma.build_gemma(read_config(folder / "config.json"))
-    shapes = {f"language_model.model.{name}": tuple(t.shape) for name, t in module.state_dict().items()}
     for old in folder.glob("*.safetensors"):
         old.unlink()
-    _write_sparse(folder / "model.safetensors", shapes, {})
+    return {f"language_model.model.{name}": tuple(t.shape) for name, t in module.state_dict().items()}
 
 
 def _write_sparse(path: Path, shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> None:

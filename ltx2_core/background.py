@@ -5,8 +5,9 @@ The thread never calls the host: it is handed plain callables, counts what it ha
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 import torch
@@ -90,20 +91,17 @@ class Background(Generic[T]):
         return self._result  # type: ignore[return-value]
 
 
-class _on:
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
     """The thread's device, with a stream of its own that is finished when the block ends."""
-
-    def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._context = torch.cuda.stream(self._stream) if self._stream is not None else None
-
-    def __enter__(self) -> None:
-        if self._context is not None:
-            self._context.__enter__()
-            # weights that are replaced may still be read by what the node's thread asked for
-            self._stream.wait_stream(torch.cuda.default_stream(self._stream.device))
-
-    def __exit__(self, *exc: object) -> None:
-        if self._context is not None:
-            self._stream.synchronize()
-            self._context.__exit__(*exc)
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        # weights that are replaced may still be read by what the node's thread asked for
+        stream.wait_stream(torch.cuda.default_stream(device))
+        try:
+            yield
+        finally:
+            stream.synchronize()

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,9 @@ class NetworkFiles(Generic[M]):
 
     build: Callable[[], M]
     sources: Sequence[Source]
-    finish: Callable[[M], None] = lambda module: None
+    finish: Callable[[Any], None] = lambda module: None
     keeps_packed: Callable[[str], bool] = lambda name: False
-    blocks: Callable[[M], Sequence[nn.Module]] = lambda module: ()
+    blocks: Callable[[Any], Sequence[nn.Module]] = lambda module: ()
 
 
 class Component(Generic[M]):
@@ -80,7 +80,7 @@ class Component(Generic[M]):
     def use(self, work_bytes: int, adapters: Adapters = (), *, streamed: int | None = None) -> M:
         """The network with these LoRAs, ready on its device, and room for ``work_bytes`` of activations beside it.
 
-        streamed: how many blocks, counted from the last, are streamed; None streams those that do not fit. Raises
+        streamed: how many blocks are streamed; None streams those that do not fit. Raises
         HostOutOfMemory when not even that is possible, and the errors of loading. The network may be used until the next
         call, or until the host asks for its memory.
         """
@@ -158,10 +158,10 @@ class Component(Generic[M]):
         return tuple(store.full_bytes(block) for block in self._files.blocks(store.module))
 
     def device_bytes(self, streamed: int) -> int:
-        """Bytes of weights and slots on the device when the last ``streamed`` blocks are streamed."""
+        """Bytes of weights and slots on the device when so many blocks are streamed."""
         if not streamed:
             return self.full_bytes
-        blocks = self.block_bytes[len(self.block_bytes) - streamed :]
+        blocks = [self.block_bytes[number] for number in _spread(streamed, len(self.block_bytes))]
         return self.full_bytes - sum(blocks) + min(SLOTS, streamed) * max(blocks)
 
     @property
@@ -179,7 +179,7 @@ class Component(Generic[M]):
     # placing ----------------------------------------------------------------------------------------------------------
 
     def _admit(self, work_bytes: int, streamed: int | None) -> int:
-        """Make room with the host; returns how many blocks, counted from the last, are streamed."""
+        """Make room with the host; returns how many blocks are streamed."""
         kept = self._kept_bytes()
         if streamed is None and self._limit is None:
             try:
@@ -226,11 +226,12 @@ class Component(Generic[M]):
         log.info("%s: LoRAs change %.2f GiB, way back: %s", self.label, touched / 2**30, store.pristine.policy)
 
     def _place(self, streamed: int) -> None:
-        """Give the last ``streamed`` blocks memory of the host, and take it from the others."""
+        """Give so many blocks memory of the host, and take it from the others."""
         assert self._store is not None
         blocks = self._files.blocks(self._store.module)
+        numbers = _spread(streamed, len(blocks))
         for number, block in enumerate(blocks):
-            streams = number >= len(blocks) - streamed
+            streams = number in numbers
             if streams and number not in self._arenas:
                 self._store.give_memory(block, Arena.of)
                 self._arenas[number] = Arena.of(block)
@@ -254,7 +255,8 @@ class Component(Generic[M]):
             self._keep()
         if streamed:
             blocks = self._files.blocks(store.module)
-            self._stream = BlockStream(blocks[len(blocks) - streamed :], device=self.device, slots=SLOTS)
+            numbers = sorted(_spread(streamed, len(blocks)))
+            self._stream = BlockStream([blocks[number] for number in numbers], device=self.device, slots=SLOTS)
 
     def _begin(self, after: Component | None) -> None:
         store = self._the_store()
@@ -335,7 +337,9 @@ class Component(Generic[M]):
         self._stop_stream()
         # what lies in arenas goes before they are unpinned
         self._store, self._reached = None, None
-        for memory in (*self._arenas.values(), *self._kept):
+        for arena in self._arenas.values():
+            arena.close()
+        for memory in self._kept:
             memory.close()
         self._arenas.clear()
         self._kept.clear()
@@ -352,3 +356,8 @@ class Component(Generic[M]):
                 keeps_packed=files.keeps_packed,
             )
         return self._store
+
+
+def _spread(count: int, blocks: int) -> set[int]:
+    """Which of so many blocks are streamed: as far apart as possible, so that copies go on while resident ones compute."""
+    return {(2 * number + 1) * blocks // (2 * count) for number in range(count)}

@@ -71,6 +71,9 @@ class LocalEngine:
     Networks are read when first used and stay until the host asks for their memory.
     """
 
+    _networks: dict[str, Component[Any]]
+    _text_encoder: Component[Any]
+
     def __init__(self, files: ModelFiles, base: LocalEngine | None = None):
         """base: the engine of the same files without LoRAs, whose networks this one uses with its own LoRAs.
 

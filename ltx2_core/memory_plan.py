@@ -41,7 +41,7 @@ class Phase:
 class MemoryPlan:
     """What lies where. ``str`` gives a table.
 
-    resident_blocks: of the transformer, the first ones. slots: buffers for the others, 0 where there are none.
+    resident_blocks: of the transformer; the streamed ones are spread between them. slots: buffers for the others, 0 where there are none.
     text: "resident" from prompt to prompt, "dropped" before sampling, or "streamed" and then dropped.
     keeps_transformer: its resident blocks stay while the decoders work; the slots never do. decoding: of the video.
     """

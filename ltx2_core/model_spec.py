@@ -71,10 +71,18 @@ class ModelSpec:
             raise ValueError(f"dtype {dtype!r} is not known; choose {', '.join(DTYPES)}")
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
-        components = {"video_vae": video_vae, "audio_vae": audio_vae, "text_projection": text_projection}
-        files = [checkpoint, *filter(None, components.values()), *_text_encoder_files(text_encoder)]
+        components = filter(None, (video_vae, audio_vae, text_projection))
+        files = [checkpoint, *components, *_text_encoder_files(text_encoder)]
         return cls(
-            checkpoint, text_encoder, dtype, device, tuple(map(_identity, files)), limit_gib=limit_gib, **components
+            checkpoint,
+            text_encoder,
+            dtype,
+            device,
+            tuple(map(_identity, files)),
+            video_vae=video_vae,
+            audio_vae=audio_vae,
+            text_projection=text_projection,
+            limit_gib=limit_gib,
         )
 
     def with_lora(

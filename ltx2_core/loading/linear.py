@@ -39,12 +39,14 @@ class LowRank(nn.Module):
 
     def __init__(self, a: Tensor, b: Tensor, unit: float):
         super().__init__()
+        self.a: Tensor
+        self.b: Tensor
         self.register_buffer("a", a)
         self.register_buffer("b", b)
         self.unit = unit
         self.strength = 0.0
 
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """y plus the branch of x."""
         return torch.add(y, F.linear(F.linear(x, self.a), self.b), alpha=self.strength * self.unit)
 
@@ -64,9 +66,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.packed is None else self.packed.unpack(x.dtype)
+        assert weight is not None
         y = F.linear(x, weight, self.bias)
         for branch in self.branches or ():
-            y = branch.add_to(y, x)
+            y = branch(y, x)
         return y
 
 

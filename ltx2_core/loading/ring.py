@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from queue import SimpleQueue
@@ -60,7 +60,7 @@ class Request:
 
     file: Checkpoint
     info: TensorInfo
-    tag: Hashable = None
+    tag: Any = None
     shared: bool = False
 
 

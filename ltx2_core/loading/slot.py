@@ -62,7 +62,10 @@ class Slot:
         if not self.packed:
             return {"data": getattr(self.owner, self.leaf)}
         assert isinstance(self.owner, PackedLinear)
-        return {"dense": self.owner.weight} if self.owner.packed is None else self.owner.packed.parts
+        if self.owner.packed is not None:
+            return self.owner.packed.parts
+        assert self.owner.weight is not None
+        return {"dense": self.owner.weight}
 
     def set(self, value: Value) -> None:
         """Make the network hold a value; one with memory of its own gets a copy."""

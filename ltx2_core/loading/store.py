@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -148,7 +147,9 @@ class WeightStore:
         for slots in _pieces([slot for slot in merged if not self.pristine.has(slot.name)]):
             if stopped():
                 return
-            infos = {(slot.name, role): info for slot in slots for role, info in slot.source.weight.parts.items()}
+            infos: dict[Hashable, TensorInfo] = {
+                (slot.name, role): info for slot in slots for role, info in slot.source.weight.parts.items()
+            }
             places = _carved(infos, memory)
             requests = [
                 Request(slot.source.file, infos[slot.name, role], (slot.name, role))
@@ -187,7 +188,9 @@ class WeightStore:
             return self._converge(wanted, overlap, on_bytes=on_bytes, stopped=stopped)
 
     def _converge(self, wanted: Callable[[], Adapters], overlap: bool, **watch: Any) -> Adapters:
-        run = partial(self._run, **watch)
+        def run(tasks: Iterable[_Task]) -> None:
+            self._run(tasks, **watch)
+
         run(self._first_reading(wanted if overlap else tuple))
         while True:
             adapters = wanted()
@@ -292,7 +295,7 @@ class WeightStore:
     def _base(self, task: _Task) -> Value:
         """The weight as the file has it, in the form in which the network holds it."""
         slot, weight = task.slot, task.slot.source.weight
-        parts = {role: tensor for (number, role), tensor in task.landed.items() if number is None}
+        parts: Value = {role: tensor for (number, role), tensor in task.landed.items() if number is None}
         parts = parts or self.pristine.stored(slot.name, self.device) or {}
         if not parts:
             return self.pristine.base(slot.name) or slot.value()
@@ -327,10 +330,11 @@ class WeightStore:
         if not task.goal.beside:
             linear.branches = None
             return
-        if task.landed:
+        if any(number is not None for number, _ in task.landed):
             self._branches[slot.name] = _Branches(task.changes.sources, self._new_branches(task))
         linear.branches = self._branches[slot.name].modules
         for branch, change in zip(linear.branches, items, strict=True):
+            assert isinstance(branch, LowRank)
             branch.strength = change.strength
 
     def _with_branches(self, slot: Slot) -> PackedLinear:
@@ -339,6 +343,7 @@ class WeightStore:
         if isinstance(linear, PackedLinear):
             return linear
         assert isinstance(linear, nn.Linear)
+        assert isinstance(linear.weight, nn.Parameter)
         new = PackedLinear(linear.weight, None, linear.bias)
         put(self.module, slot.owner_name, new)
         for other in self._by_owner[slot.owner_name]:

@@ -243,6 +243,22 @@ def test_other_algebras_on_packed_weights_make_them_plain_until_they_are_removed
     assert same(converge(made), base)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_lists_in_any_order_give_the_same_bits_each_time(store, adapter, format, policy):
+    """Merged weights and branches take turns: what is kept of one is there, complete, when its list comes back."""
+    made, seen = store(format, policy), {}
+    low, other = adapter("lora", 0.5), adapter("dora")
+    lists = [(), (low,), (other,), (low, other), (adapter("lora", 0.25),)]
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    for number in (0, 1, 2, 1, 3, 4, 2, 4, 0, 3, 1):
+        weights = converge(made, *lists[number])
+        y = made.module.get_submodule(QUERY)(x)
+        before_weights, before_y = seen.setdefault(number, (weights, y))
+        assert same(weights, before_weights), number
+        assert torch.equal(y, before_y), number
+
+
 @pytest.mark.parametrize("kind", ["bias", "dora", "full", "lokr"])
 @pytest.mark.parametrize("format", ["bf16", "fp8"])
 def test_every_algebra_comes_off_again(store, adapter, kind, format):
