@@ -223,10 +223,19 @@ class _Report:
         print(json.dumps(payload, default=str), file=self._stream, flush=True)
 
 
+class _LogHandler(logging.Handler):
+    """Lines on stderr, above progress bars instead of inside them: threads write at any time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 @contextlib.contextmanager
 def _logging(options: argparse.Namespace) -> Iterator[None]:
     """The pack's log on stderr while a command runs."""
-    logger, handler = logging.getLogger("ltx2"), logging.StreamHandler(sys.stderr)
+    logger, handler = logging.getLogger("ltx2"), _LogHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     level = logger.level
     logger.addHandler(handler)

@@ -6,6 +6,7 @@ The thread never calls the host: it is handed plain callables, counts what it ha
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
@@ -14,15 +15,20 @@ import torch
 
 from .host import Interrupted
 
+log = logging.getLogger("ltx2.engine")
+
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.02
+# what the names of all threads of the pack begin with
+_OURS = "ltx2 "
 
 
 class Background(Generic[T]):
-    """Runs ``work(self)`` in a thread on ``device``; ``done_bytes`` is its progress.
+    """Runs ``work(self)`` in a thread on ``device``; ``name`` says what it does, ``done_bytes`` is its progress.
 
-    after: work that has to end first, whether it succeeds or not. interrupted: read-only flag of the host.
+    after: work that has to end first, whether it succeeds or not; an interrupt of whoever waits for it ends this one too.
+    interrupted: read-only flag of the host.
     """
 
     def __init__(
@@ -34,12 +40,16 @@ class Background(Generic[T]):
         after: Background | None = None,
         interrupted: Callable[[], bool] = lambda: False,
     ):
+        self.name = name
         self.done_bytes = 0
-        self._work, self._device, self._after, self._interrupted = work, device, after, interrupted
+        self._device, self._after, self._interrupted = device, after, interrupted
         self._stop = threading.Event()
+        self._given_up = False
+        # whether an interrupt ended the work, of which the host may know nothing any more
+        self.was_interrupted = False
         self._result: T | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=f"ltx2 {name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(work,), name=_OURS + name, daemon=True)
         self._thread.start()
 
     # for the thread
@@ -50,17 +60,25 @@ class Background(Generic[T]):
     def stopped(self) -> bool:
         return self._stop.is_set() or self._interrupted()
 
-    def _run(self) -> None:
+    def _run(self, work: Callable[[Background[T]], T]) -> None:
         try:
-            while self._after is not None and not self._after.join(_POLL_SECONDS):
-                if self.stopped():
-                    raise Interrupted("the work was stopped")
-            self._after = None
+            self._wait_for_others()
             with _on(self._device), torch.no_grad():
-                self._result = self._work(self)
+                self._result = work(self)
         except BaseException as error:
-            # it belongs to whoever asks for the result
-            self._error = error
+            if not isinstance(error, (Interrupted, OSError, ValueError)):
+                log.error("%s failed", self.name, exc_info=True)
+            # it belongs to whoever asks for the result, but the tensors that its frames hold to nobody
+            self._error = _without_traceback(error)
+            self.was_interrupted = isinstance(error, Interrupted) and not self._stop.is_set()
+
+    def _wait_for_others(self) -> None:
+        after, self._after = self._after, None
+        while after is not None and not after.join(_POLL_SECONDS):
+            if self.stopped():
+                raise Interrupted("the work was stopped")
+        if after is not None and after._given_up:
+            raise Interrupted("the work before this was interrupted")
 
     # for everybody else
 
@@ -70,9 +88,13 @@ class Background(Generic[T]):
         return not self._thread.is_alive()
 
     def stop(self) -> None:
-        """Stop the work and wait until its thread is gone."""
+        """Stop the work and wait until its thread is gone.
+
+        The collector may call this in any thread. Those of the pack do not wait: it may be for themselves.
+        """
         self._stop.set()
-        self._thread.join()
+        if not threading.current_thread().name.startswith(_OURS):
+            self._thread.join()
 
     def result(self, watch: Callable[[int], None]) -> T:
         """Wait for the work while calling ``watch`` with the bytes done; what it raises stops the work.
@@ -83,12 +105,25 @@ class Background(Generic[T]):
             while not self.join(_POLL_SECONDS):
                 watch(self.done_bytes)
         except BaseException:
+            self._given_up = True
             self.stop()
             raise
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                # an error that this frame refers to would live, with all that its frames hold, until the collector comes
+                del error
         watch(self.done_bytes)
         return self._result  # type: ignore[return-value]
+
+
+def _without_traceback(error: BaseException) -> BaseException:
+    before = error.__cause__ or error.__context__
+    if before is not None:
+        _without_traceback(before)
+    return error.with_traceback(None)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -16,10 +16,10 @@ from .host import HostOutOfMemory, Interrupted, host
 from .loading.build import Source
 from .loading.changes import Adapters
 from .loading.pinned import PinnedMemory
-from .loading.pristine import choose_policy
+from .loading.pristine import POLICIES, choose_policy
 from .loading.store import WeightStore, frozen
 from .memory_plan import SLOTS
-from .memory_sizes import RESERVE_BYTES, Stack
+from .memory_sizes import HOST_RESERVE_BYTES, RESERVE_BYTES, Stack, size
 from .streaming import Arena, BlockStream
 
 log = logging.getLogger("ltx2.engine")
@@ -72,6 +72,9 @@ class Component(Generic[M]):
         self._keeping: Background[None] | None = None
         self._kept: list[PinnedMemory] = []
         self._wanted: Adapters = ()
+        # bytes of weights for which the way back from LoRAs was chosen
+        self._touched = 0
+        self._finished = False
         # the LoRAs that the weights hold; None as long as the network is not complete
         self._reached: Adapters | None = None
 
@@ -88,8 +91,11 @@ class Component(Generic[M]):
             self.want(adapters)
             self._join()
         streamed = self._admit(work_bytes, streamed)
-        if self._reached != adapters or streamed != len(self._arenas):
-            self._converge(streamed, work_bytes, adapters)
+        self._place(streamed)
+        if self._reached != adapters:
+            self._converge(work_bytes, adapters)
+        if streamed and self._stream is None:
+            self._start_stream()
         assert self._store is not None
         return self._store.module  # type: ignore[return-value]
 
@@ -98,15 +104,17 @@ class Component(Generic[M]):
         if self._stream is not None:
             self._stream.release()
 
-    def start(self, spare_bytes: int, *, after: Component | None = None) -> None:
+    def start(self, spare_bytes: int, adapters: Adapters = (), *, after: Component | None = None) -> None:
         """Begin to read in the background, unless the network and ``spare_bytes`` would not fit at once.
 
-        after: a component whose reading goes first.
+        adapters: the LoRAs with which it will probably be used. after: a component whose reading goes first.
         """
         free, needed = host().free_bytes(self.device), self.full_bytes + spare_bytes
         fits = (free is None or needed <= free) and (self._limit is None or needed <= self._limit)
         if self._loading is None and self._reached is None and fits:
             host().admit(self, self.device, self.full_bytes, 0)
+            self._choose_policy(adapters, 0)
+            self._wanted = adapters
             self._begin(after)
 
     def want(self, adapters: Adapters) -> None:
@@ -120,7 +128,7 @@ class Component(Generic[M]):
     @property
     def pending_bytes(self) -> int:
         """What a reading in the background has still to take of the device."""
-        return 0 if self._loading is None else max(self.full_bytes - self.bytes_on(self.device), 0)
+        return 0 if self._loading is None else self._missing_bytes()
 
     def bytes_on(self, device: str) -> int:
         if self._store is None:
@@ -131,13 +139,15 @@ class Component(Generic[M]):
     def release(self, device: str, wanted: int | None) -> int:
         """Give up what is kept to undo LoRAs, and if that is not enough the weights; the next use reads them again."""
         before = self.bytes_on(device)
+
+        def enough() -> bool:
+            return wanted is not None and before - self.bytes_on(device) >= wanted
+
         self.rest()
-        if before and self._store is not None:
-            if self._loading is None and (wanted is None or before - self.bytes_on(device) < wanted):
-                self._stop_keeping()
-                self._store.forget()
-            if wanted is None or before - self.bytes_on(device) < wanted:
-                self._drop()
+        if before and self._loading is None and not enough():
+            self._forget()
+        if (before or self._loading is not None) and not enough():
+            self._drop()
         return before - self.bytes_on(device)
 
     def close(self) -> None:
@@ -159,10 +169,15 @@ class Component(Generic[M]):
 
     def device_bytes(self, streamed: int) -> int:
         """Bytes of weights and slots on the device when so many blocks are streamed."""
-        if not streamed:
-            return self.full_bytes
-        blocks = [self.block_bytes[number] for number in _spread(streamed, len(self.block_bytes))]
-        return self.full_bytes - sum(blocks) + min(SLOTS, streamed) * max(blocks)
+        slots = min(SLOTS, streamed) * max(self._streamed_bytes(streamed), default=0)
+        return self._resident_bytes(streamed) + slots
+
+    def _resident_bytes(self, streamed: int) -> int:
+        """Without slots. Host memory is the CPU's own, so there it makes no difference what is streamed."""
+        return self.full_bytes - (0 if self.device == "cpu" else sum(self._streamed_bytes(streamed)))
+
+    def _streamed_bytes(self, streamed: int) -> list[int]:
+        return [self.block_bytes[number] for number in _spread(streamed, len(self.block_bytes))]
 
     @property
     def stack(self) -> Stack:
@@ -179,27 +194,62 @@ class Component(Generic[M]):
     # placing ----------------------------------------------------------------------------------------------------------
 
     def _admit(self, work_bytes: int, streamed: int | None) -> int:
-        """Make room with the host; returns how many blocks are streamed."""
-        kept = self._kept_bytes()
-        if streamed is None and self._limit is None:
-            try:
-                host().admit(self, self.device, self.full_bytes + kept, work_bytes)
-                return 0
-            except HostOutOfMemory:
-                if not self.block_bytes or self.device == "cpu":
-                    raise
+        """Make room with the host; returns how many blocks are streamed.
+
+        Where room is short, what is kept to undo LoRAs goes first. Then more blocks are streamed, unless their number is
+        given.
+        """
+        may_stream = streamed is None and bool(self.block_bytes) and self.device != "cpu"
         if streamed is None:
-            free = host().free_bytes(self.device) or 0
-            room = free + self.bytes_on(self.device) if self._limit is None else self._limit
-            streamed = self._fewest_streamed(room - work_bytes - RESERVE_BYTES)
-        host().admit(self, self.device, self.device_bytes(streamed) + (0 if streamed else kept), work_bytes)
+            streamed = self._within_limit(work_bytes) if may_stream and self._limit is not None else 0
+        short = self._shortage(streamed, work_bytes)
+        if short is not None and self._kept_bytes():
+            self._forget()
+            short = self._shortage(streamed, work_bytes)
+        if short is not None and may_stream:
+            room = (host().free_bytes(self.device) or 0) + self.bytes_on(self.device)
+            streamed = max(streamed, self._fewest_streamed(room - work_bytes - RESERVE_BYTES))
+            short = self._shortage(streamed, work_bytes)
+        if short is not None:
+            raise short
+        return streamed
+
+    def _shortage(self, streamed: int, work_bytes: int) -> HostOutOfMemory | None:
+        """Make room for the network with so many blocks streamed; what the host says where there is none."""
+        # blocks that leave the device make room too
+        self._move(to_host=self._numbers(streamed) - self._arenas.keys())
+        try:
+            host().admit(self, self.device, self.device_bytes(streamed) + self._kept_bytes(), work_bytes)
+        except HostOutOfMemory as error:
+            return error.with_traceback(None)
+        return None
+
+    def _within_limit(self, work_bytes: int) -> int:
+        """How many blocks have to be streamed for the user's limit; what is kept has to go too where it exceeds that."""
+        assert self._limit is not None
+        room = self._limit - work_bytes - RESERVE_BYTES
+        streamed = self._fewest_streamed(room)
+        if self.device_bytes(streamed) > room:
+            raise HostOutOfMemory(
+                f"the {self.label} does not fit into its limit of {size(self._limit)} on {self.device}: it needs "
+                f"{size(self.device_bytes(streamed))} for weights, with {streamed} of its blocks streamed, "
+                f"{size(work_bytes)} for work, and {size(RESERVE_BYTES)} that stay free. Ways out, cheapest first: 1. a "
+                f"higher limit; 2. weights in fp8; 3. fewer frames or a smaller picture"
+            )
+        if self.device_bytes(streamed) + self._kept_bytes() > room:
+            self._forget()
         return streamed
 
     def _kept_bytes(self) -> int:
         """Bytes on the device beside the network: bases and merged weights that are not in use, branches."""
-        if self._reached is None:
+        if self._store is None:
             return 0
-        return max(self.bytes_on(self.device) - self.device_bytes(len(self._arenas)), 0)
+        held = self._store.bytes_on(torch.device(self.device))
+        return max(held - self._resident_bytes(len(self._arenas)), 0)
+
+    def _missing_bytes(self) -> int:
+        """What the network has still to take of the device."""
+        return max(self.device_bytes(len(self._arenas)) - self.bytes_on(self.device), 0)
 
     def _fewest_streamed(self, room: int) -> int:
         """How many blocks have to be streamed for the weights to fit; all of them where even that does not suffice."""
@@ -207,72 +257,117 @@ class Component(Generic[M]):
         return next((count for count in counts if self.device_bytes(count) <= room), len(self.block_bytes))
 
     def _choose_policy(self, adapters: Adapters, work_bytes: int) -> None:
-        store = self._store
-        if not adapters or store is None or store.pristine.policy is not None:
+        """Decide about the way back from LoRAs, again where they change more than those before."""
+        if not adapters:
             return
+        store = self._the_store()
         touched, low_rank = store.touched(adapters)
+        if store.pristine.policy is not None:
+            if touched <= self._touched:
+                return
+            if self._loading is None:
+                self._forget()
         free = host().free_bytes(self.device)
         if free is not None and self._limit is not None:
             free = min(free, self._limit - self.bytes_on(self.device))
         policy = choose_policy(
             touched,
             work_bytes,
-            device_free=None if free is None else free - self.pending_bytes,
+            device_free=None if free is None else free - self._missing_bytes(),
             host_free=host().free_bytes("cpu"),
             low_rank=low_rank,
         )
-        # what streams is in host memory anyway, and merging costs nothing a step
-        store.pristine.policy = "file" if self._arenas and policy in ("pair", "pinned") else policy
-        log.info("%s: LoRAs change %.2f GiB, way back: %s", self.label, touched / 2**30, store.pristine.policy)
+        self._touched = touched
+        # what streams is in host memory anyway, where merging takes no room and costs nothing a step
+        store.pristine.policy = "file" if self._arenas else policy
+        log.info("LoRAs change %s of the %s: %s", size(touched), self.label, POLICIES[store.pristine.policy])
+
+    def _forget(self) -> None:
+        """Give up what is kept to undo LoRAs; the way back is decided anew."""
+        self._stop_keeping()
+        if self._store is not None:
+            self._store.forget()
+            self._store.pristine.policy = None
+        for memory in self._kept:
+            memory.close()
+        self._kept.clear()
 
     def _place(self, streamed: int) -> None:
-        """Give so many blocks memory of the host, and take it from the others."""
-        assert self._store is not None
-        blocks = self._files.blocks(self._store.module)
-        numbers = _spread(streamed, len(blocks))
-        for number, block in enumerate(blocks):
-            streams = number in numbers
-            if streams and number not in self._arenas:
-                self._store.give_memory(block, Arena.of)
-                self._arenas[number] = Arena.of(block)
-            elif not streams and number in self._arenas:
-                self._store.take_memory(block)
-                self._arenas.pop(number).close()
+        """Have so many blocks in host memory, and the others on the device."""
+        wanted = self._numbers(streamed)
+        self._move(to_host=wanted - self._arenas.keys(), to_device=self._arenas.keys() - wanted)
+
+    def _numbers(self, streamed: int) -> set[int]:
+        return _spread(streamed, len(self.block_bytes))
+
+    def _move(self, *, to_host: Collection[int] = (), to_device: Collection[int] = ()) -> None:
+        """Move blocks between the device and arenas in host memory."""
+        if not to_host and not to_device:
+            return
+        self._check_host_memory(sum(self.block_bytes[number] for number in to_host))
+        self._stop_stream()
+        # what is kept lies where the blocks were
+        self._forget()
+        store = self._the_store()
+        blocks = self._files.blocks(store.module)
+        for number in to_host:
+            store.give_memory(blocks[number], Arena.of)
+            self._arenas[number] = Arena.of(blocks[number])
+        for number in to_device:
+            store.take_memory(blocks[number])
+            # low-rank branches are in the arena too
+            Arena.leave(blocks[number], store.device)
+            del self._arenas[number]
+
+    def _check_host_memory(self, needed: int) -> None:
+        free = host().free_bytes("cpu")
+        if self.device != "cpu" and needed and free is not None and free < needed + HOST_RESERVE_BYTES:
+            raise HostOutOfMemory(
+                f"the {self.label} does not fit on {self.device}, and {size(needed)} of it would be streamed from host "
+                f"memory, of which {size(free)} are free and {size(HOST_RESERVE_BYTES)} are kept so. Ways out, cheapest "
+                f"first: 1. weights in fp8; 2. fewer frames or a smaller picture; 3. end other programs"
+            )
 
     # reading ----------------------------------------------------------------------------------------------------------
 
-    def _converge(self, streamed: int, work_bytes: int, adapters: Adapters) -> None:
-        store = self._the_store()
+    def _converge(self, work_bytes: int, adapters: Adapters) -> None:
         self._stop_stream()
         self._stop_keeping()
         self._reached = None
-        self._place(streamed)
         self._choose_policy(adapters, work_bytes)
         self._wanted = adapters
         self._begin(None)
         self._join()
-        if store.pristine.policy == "pinned":
+        if self._reached is None:
+            raise Interrupted(f"{self.label}: reading was stopped")
+        if self._the_store().pristine.policy == "pinned":
             self._keep()
-        if streamed:
-            blocks = self._files.blocks(store.module)
-            numbers = sorted(_spread(streamed, len(blocks)))
-            self._stream = BlockStream([blocks[number] for number in numbers], device=self.device, slots=SLOTS)
+
+    def _start_stream(self) -> None:
+        store = self._the_store()
+        # branches that are put aside would hold on to the arenas in which they were
+        store.forget()
+        blocks = self._files.blocks(store.module)
+        for number in self._arenas:
+            # with the branches that a LoRA has put beside its weights
+            self._arenas[number] = Arena.of(blocks[number])
+        self._stream = BlockStream([blocks[number] for number in sorted(self._arenas)], device=self.device, slots=SLOTS)
 
     def _begin(self, after: Component | None) -> None:
         store = self._the_store()
-        was_complete = store.complete
 
         def work(background: Background[Adapters]) -> Adapters:
             reached = store.converge(
                 lambda: self._wanted, overlap=self.overlap, on_bytes=background.count, stopped=background.stopped
             )
-            if not was_complete:
+            if not self._finished:
                 self._files.finish(store.module)
                 frozen(store.module)
+                self._finished = True
             return reached
 
         self._loading = Background(
-            f"loads {self.label}",
+            f"changing the LoRAs of the {self.label}" if store.complete else f"loading {self.label}",
             work,
             device=torch.device(self.device),
             after=None if after is None else after._loading,
@@ -280,12 +375,16 @@ class Component(Generic[M]):
         )
 
     def _join(self) -> None:
-        """Wait for a reading, with progress. Raises what it raised, and what the user's interrupt raises."""
+        """Wait for a reading, with progress. Raises what it raised, and what the user's interrupt raises.
+
+        Leaves ``_reached`` None where an interrupt of an earlier run, of which the host knows nothing any more, had ended
+        the reading.
+        """
         assert self._loading is not None
         assert self._store is not None
         loading, total = self._loading, max(1, self._loading_bytes() // _PROGRESS_UNIT)
         try:
-            with host().progress(total, f"loading {self.label}") as progress:
+            with host().progress(total, loading.name) as progress:
                 self._reached = loading.result(lambda done: progress.to(min(total, done // _PROGRESS_UNIT)))
                 progress.to(total)
         except BaseException as error:
@@ -293,11 +392,12 @@ class Component(Generic[M]):
             if not self._store.complete:
                 self._drop()
                 host().retire(self)
-            if isinstance(error, Interrupted):
-                # the reading may have seen the interrupt before this thread did, which says it in the host's way
-                host().check_interrupt()
-            raise
+            if not (loading.was_interrupted and isinstance(error, Interrupted)):
+                raise
         self._loading = None
+        if loading.was_interrupted:
+            # the reading may have seen the interrupt before this thread did, which says it in the host's way
+            host().check_interrupt()
 
     def _loading_bytes(self) -> int:
         assert self._loading is not None
@@ -313,16 +413,24 @@ class Component(Generic[M]):
             self._kept.append(PinnedMemory(count))
             return self._kept[-1].memory
 
-        self._keeping = Background(
-            f"keeps {self.label}",
-            lambda background: store.keep_in(pinned, background.stopped),
-            device=torch.device("cpu"),
-        )
+        def keep(background: Background[None]) -> None:
+            try:
+                store.keep_in(pinned, background.stopped)
+            except Exception as error:
+                log.warning("the weights of the %s are not kept in host memory: %s", self.label, error)
+
+        self._keeping = Background(f"keeping {self.label}", keep, device=torch.device("cpu"))
 
     def _stop_keeping(self) -> None:
-        if self._keeping is not None:
-            self._keeping.stop()
-            self._keeping = None
+        if self._keeping is None:
+            return
+        self._keeping.stop()
+        self._keeping = None
+        # what was being filled when it was stopped
+        used = {_memory(tensor) for tensor in self._store.pristine.tensors()} if self._store is not None else set()
+        for unused in [one for one in self._kept if _memory(one.memory) not in used]:
+            unused.close()
+            self._kept.remove(unused)
 
     def _stop_stream(self) -> None:
         if self._stream is not None:
@@ -336,7 +444,7 @@ class Component(Generic[M]):
         self._stop_keeping()
         self._stop_stream()
         # what lies in arenas goes before they are unpinned
-        self._store, self._reached = None, None
+        self._store, self._reached, self._wanted, self._finished = None, None, (), False
         for arena in self._arenas.values():
             arena.close()
         for memory in self._kept:
@@ -356,6 +464,10 @@ class Component(Generic[M]):
                 keeps_packed=files.keeps_packed,
             )
         return self._store
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _spread(count: int, blocks: int) -> set[int]:

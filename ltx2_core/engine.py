@@ -94,12 +94,12 @@ class LocalEngine:
         weakref.finalize(self, _close_all, (*self._networks.values(), self._text_encoder))
 
     def start(self) -> None:
-        """Begin to read what comes first, in the background: the text encoder, then the transformer with its LoRAs."""
-        transformer = self._networks["transformer"]
-        before_it = (self._text_encoder, self._networks["text_head"])
-        self._text_encoder.start(_TEXT_WORK_BYTES)
-        missing = sum(one.full_bytes - one.bytes_on(str(self.device)) for one in before_it)
-        transformer.start(missing + 2 * _TEXT_WORK_BYTES, after=self._text_encoder)
+        """Begin to read what comes first, in the background: what encodes prompts, then the transformer with its LoRAs."""
+        encoder, head, transformer = self._text_encoder, self._networks["text_head"], self._networks["transformer"]
+        encoder.start(_TEXT_WORK_BYTES)
+        # each has the disk and the link for itself: a prompt is encoded while the transformer is read
+        head.start(_missing(encoder) + _TEXT_WORK_BYTES, after=encoder)
+        transformer.start(_missing(encoder, head) + 2 * _TEXT_WORK_BYTES, self._adapters, after=head)
 
     def expect_loras(self) -> None:
         """Have this engine's LoRAs read together with the transformer, if that is being read."""
@@ -462,6 +462,11 @@ def _upscaled(clip: ClipShape, grid: tuple[int, int, int], *, temporal: bool) ->
         width * VIDEO_SPACE_FACTOR,
         clip.fps * 2 if temporal else clip.fps,
     )
+
+
+def _missing(*components: Component) -> int:
+    """What components have still to take of their device."""
+    return sum(one.full_bytes - one.bytes_on(one.device) for one in components)
 
 
 def _close_all(components: tuple[Component, ...]) -> None:

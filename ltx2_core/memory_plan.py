@@ -251,5 +251,5 @@ def _check_host(what: str, wanted: int, room: Room) -> None:
 
 
 def _usable(room: Room) -> str:
-    limit = "" if room.budget is None or room.budget >= room.free else f" and the budget is {size(room.budget)}"
+    limit = "" if room.budget is None or room.budget >= room.free else f" and memory_limit is {size(room.budget)}"
     return f"{size(room.free)} are free{limit}, of which {size(RESERVE_BYTES)} stay so"

@@ -29,7 +29,7 @@ def _of_settings(needs: Needs, room: Room, fits: Fits) -> Iterator[str]:
     if room.budget is not None and room.budget < room.free:
         more = _least_more(lambda value: fits(needs, replace(room, budget=value)), room.budget, room.free)
         if more is not None:
-            yield f"a memory budget of {size(room.budget + more)}"
+            yield f"a memory_limit of {size(room.budget + more)}"
     for device, free in sorted(room.others.items(), key=lambda item: -item[1]):
         if fits(needs, replace(room, device=device, free=free)):
             yield f"another device: {device} has {size(free)} free"

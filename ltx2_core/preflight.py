@@ -236,7 +236,7 @@ class _Check:
                 missing.setdefault(fields[0] if chosen else "checkpoint", []).append(part)
         for name, parts in missing.items():
             if not self.by_field[name].problems:  # else it could not be read, or is another kind of file
-                fitting = "; ".join(dict.fromkeys(what_fits(part, self.version) for part in parts))
+                fitting = "; ".join(dict.fromkeys(_choice(part, self.version) for part in parts))
                 self.by_field[name].refuse(f"it has no {', no '.join(parts)}. Choose: {fitting}")
 
     def _check_latents(self) -> None:
@@ -347,6 +347,12 @@ def _section(config: Mapping[str, Any], file: Checkpoint, key: str) -> Mapping[s
         metadata = {name: value for name, value in file.metadata.items() if name != "config"}
         config = replace(file, metadata=metadata).config()
     return {key: config[key]} if key in config else {}
+
+
+def _choice(part: str, version: ModelVersion) -> str:
+    """What to choose for a part that is nowhere, and in which input where one input alone can name it."""
+    alone = part in (VIDEO_VAE, AUDIO_VAE, VOCODER) or (part == PROJECTION and not version.at_least(2, 4))
+    return what_fits(part, version) + (f", as {SOURCES[part][0]}" if alone else "")
 
 
 def _check_decoder(file: Checkpoint) -> None:

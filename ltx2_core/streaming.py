@@ -77,6 +77,19 @@ class Arena:
                     setattr(owner, name, in_arena[id(tensor)])
             return arena
 
+    @staticmethod
+    def leave(module: nn.Module, device: torch.device) -> None:
+        """Give what lies in a module's arena memory of its own on a device, and close the arena."""
+        arena = module.__dict__.pop(_ATTRIBUTE, None)
+        if arena is None:
+            return
+        memory = arena.memory.untyped_storage().data_ptr()
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                if not tensor.is_meta and tensor.untyped_storage().data_ptr() == memory:
+                    tensor.data = tensor.to(device, copy=True)
+        arena.close()
+
     @property
     def size_bytes(self) -> int:
         return self.memory.nbytes
@@ -115,7 +128,8 @@ def _taken_in(tensor: Tensor, view: Tensor) -> Tensor:
         view.copy_(tensor)
     if tensor.is_meta or tensor.is_inference():
         # neither can be given other data: one stays on its device, the other without a version counter
-        return nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
+        # another object than the view, which goes on saying where home is when the tensor is pointed elsewhere
+        return nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view.detach()
     tensor.data = view
     return tensor
 

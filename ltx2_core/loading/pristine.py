@@ -18,7 +18,13 @@ from torch import Tensor
 
 Value = Mapping[str, Tensor]
 
-POLICIES = ("pair", "pinned", "file", "side")
+# for people
+POLICIES = {
+    "pair": "the unchanged ones stay beside them on the device",
+    "pinned": "the unchanged ones are kept in pinned host memory",
+    "file": "the unchanged ones are read again when the LoRAs change",
+    "side": "there is no room for that, so LoRAs run beside the weights",
+}
 
 # beside a full device, other work needs some room
 _RESERVE = 2 << 30

@@ -24,6 +24,7 @@ from ltx2_engine.ltx2_core.evaluate import split_evaluate
 from ltx2_engine.ltx2_core.host import HostOutOfMemory, Interrupted, host, use_host
 from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.loading import ring
+from ltx2_engine.ltx2_core.loading import store as store_module
 from ltx2_engine.ltx2_core.loading.checkpoint import CheckpointError
 from ltx2_engine.ltx2_core.loading.pinned import PinnedMemory
 from ltx2_engine.ltx2_core.model_spec import ModelSpec
@@ -53,7 +54,16 @@ HALF_A = (("a", 0.5, 1.0, 1.0),)
 VIDEO_A = (("a", 1.0, 1.0, 0.0),)
 LISTS = (NONE, A, AB, HALF_A, VIDEO_A)
 
-pytestmark = pytest.mark.usefixtures("nothing_runs")
+pytestmark = pytest.mark.usefixtures("nothing_runs", "nothing_old")
+
+
+@pytest.fixture(scope="module")
+def nothing_old(models, context):
+    """What was there before the tests is none of the collector's business, which makes it quick."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -165,6 +175,12 @@ def reads(monkeypatch):
     monkeypatch.setattr(ring, "_read_at", watched)
     yield watched
     watched.gate.set()
+
+
+@pytest.fixture
+def no_shared_memory(monkeypatch):
+    """Small tensors have memory of their own, as those of real models have."""
+    monkeypatch.setattr(store_module, "_SMALL_BYTES", -1)
 
 
 @pytest.fixture
@@ -364,14 +380,16 @@ def test_a_file_cut_short_while_it_is_read(fresh, spec, reads, context, which):
     path = next(spec().text_encoder.glob("*.safetensors")) if which == "text encoder" else spec().checkpoint
     reads.waits = lambda name, offset: name == path.name
     reads.gate.clear()
-    reads.began.clear()
+    reads.order.clear()
     engine.start()
     until(lambda: any(name == path.name for name, _ in reads.order))
     with cut(path, 2000):
         reads.gate.set()
         with pytest.raises(CheckpointError, match=rf"{path.name}: the file (ends|was changed)"), torch.inference_mode():
             engine.encode(PROMPT)
-            sampled(engine, context)
+        if which == "transformer":
+            with pytest.raises(CheckpointError, match=rf"{path.name}: the file (ends|was changed)"):
+                sampled(engine, context)
     with torch.inference_mode():
         again = engine.encode(PROMPT)
     assert all(torch.equal(a, b) for a, b in zip(prompt.features.present(), again.features.present(), strict=True))
@@ -597,7 +615,7 @@ def test_an_error_leaves_nothing_behind_for_the_collector(fresh, reads):
         assert found[0]() is None
 
 
-def test_an_error_that_is_kept_keeps_no_weights(fresh, reads):
+def test_an_error_that_is_kept_keeps_no_weights(fresh, reads, no_shared_memory):
     """Hosts keep the last error for their log."""
     engine = fresh()
     component = transformer_of(engine)
@@ -623,8 +641,14 @@ def network(fresh, context):
             self.engine = fresh(format, **options)
             self.component = transformer_of(self.engine)
             self.format = format
+            self._adapters = {}
 
         def adapters(self, loras):
+            if loras not in self._adapters:
+                self._adapters[loras] = self._read(loras)
+            return self._adapters[loras]
+
+        def _read(self, loras):
             spec = self.engine.files.spec
             for name, strength, video, audio in loras:
                 path = spec.checkpoint.parents[1] / "loras" / f"{name}.safetensors"
@@ -637,14 +661,14 @@ def network(fresh, context):
 
         def holds(self, loras=NONE, streamed=0, **options):
             """Whether it has, with these LoRAs, the bits that a network has which never had others."""
-            key = self.format, loras, self.component._store and self.component._store.pristine.policy
             got = self.result(loras, streamed, **options)
-            policy = self.component._store.pristine.policy
-            key = self.format, loras, policy == "side"
+            beside = any(slot.state.beside and not slot.packed for slot in self.component._store._slots)
+            key = self.format, loras, "side" if beside else "file"
             if key not in wanted:
                 other = Network(self.format)
-                other.component._the_store().pristine.policy = "side" if policy == "side" else "file"
-                wanted[key] = other.result(loras)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(component_module, "choose_policy", lambda *_, **__: key[-1])
+                    wanted[key] = other.result(loras)
                 other.component.close()
             want = wanted[key]
             return torch.equal(got[0], want[0]) and same(got[1], want[1])
@@ -694,40 +718,41 @@ def test_a_pair_switches_without_reading(network, policy, reads):
 def test_bases_in_host_memory_are_read_once(network, policy, reads):
     policy("pinned")
     one = network()
+    base = one.result()
     one.result(A)
     one.component._keeping.join()
     reads.bytes.clear()
-    assert one.holds()
+    assert same(one.result()[1], base[1])
     assert sum(reads.bytes.values()) == 0
+    half = one.result(HALF_A)
+    assert set(reads.bytes) == {"a.safetensors"}, "the base was read again"
     assert one.holds(HALF_A)
-    assert reads.bytes["plain.safetensors"] == 0
+    assert same(one.result(HALF_A)[1], half[1])
 
 
-def test_a_switch_stops_the_keeping(network, policy, reads):
+def test_a_switch_stops_the_keeping_and_takes_its_memory_back(network, policy, reads, monkeypatch):
     policy("pinned")
+    keep = Component._keep
+
+    def slowly(component):
+        reads.seconds = 0.05
+        keep(component)
+
+    monkeypatch.setattr(Component, "_keep", slowly)
     one = network()
-    one.result(A)
-    one.component._keeping.join()
-    whole = one.component.bytes_on("cpu")
-    one.component.close()
-    one.result(A)
-    one.component._stop_keeping()
     for loras in (HALF_A, AB, A, HALF_A, A):
-        reads.seconds = 0.01
-        one.component._keep()
-        until(lambda: any(thread.name.startswith("ltx2 keeps") for thread in threading.enumerate()))
         reads.seconds = 0.0
         assert one.holds(loras)
+        assert not one.component._keeping.join(0), "nothing was being kept"
+    assert len(one.component._kept) == 1
+    reads.seconds = 0.0
     one.component._keeping.join()
-    assert one.component.bytes_on("cpu") == whole
-    assert sum(piece.memory.nbytes for piece in one.component._kept) < 1.5 * full_touched(one)
+    reads.bytes.clear()
+    one.result(HALF_A)
+    assert set(reads.bytes) == {"a.safetensors"}
 
 
-def full_touched(one):
-    return one.component._store.touched(one.adapters(A))[0]
-
-
-def test_memory_does_not_grow_with_switches(network, policy):
+def test_memory_does_not_grow_with_switches(network, policy, no_shared_memory):
     for name in POLICIES:
         policy(name)
         one = network()
@@ -742,7 +767,7 @@ def test_memory_does_not_grow_with_switches(network, policy):
         one.component.close()
 
 
-def test_forgetting_the_bases_gives_their_memory_back(network, policy):
+def test_forgetting_the_bases_gives_their_memory_back(network, policy, no_shared_memory):
     for name in ("pair", "pinned"):
         policy(name)
         one = network()
@@ -800,7 +825,7 @@ def test_a_streamed_text_encoder_gives_the_bits_of_a_resident_one(fresh, streame
     for count in (streamed, 0, streamed):
         got = encoded(engine, engine._text_encoder.use(0, streamed=count))
         assert torch.equal(got, want)
-    assert engine._text_encoder._stream.copies == streamed
+    assert engine._text_encoder._stream.copies >= streamed
     engine._text_encoder.close()
     assert torch.equal(encoded(engine, engine._text_encoder.use(0, streamed=streamed)), want)
 
@@ -835,8 +860,9 @@ def test_what_does_not_stream_lies_on_the_device_and_what_streams_in_arenas(netw
         one.result(loras, streamed)
         inside = arena_ranges(one.component)
         blocks = one.component._store.module.blocks
+        assert len(inside) == streamed
         for number, block in enumerate(blocks):
-            streams = number >= BLOCKS - streamed
+            streams = number in one.component._arenas
             for tensor in (*block.parameters(), *block.buffers()):
                 assert lies_in(tensor, inside) == streams, (loras, streamed, number)
 
@@ -857,7 +883,9 @@ def test_bytes_are_those_that_were_predicted(network, format):
     component = one.component
     for streamed in (0, 2, 3, 1, 0):
         one.result(streamed=streamed)
-        assert component.bytes_on("cpu") == component.device_bytes(streamed)
+        # tensors are aligned in slots
+        padding = 2 * 256 * len(component._store._slots) / BLOCKS
+        assert 0 <= component.bytes_on("cpu") - component.device_bytes(streamed) <= (padding if streamed else 0)
         component.rest()
         slots = min(2, streamed) * max(component.block_bytes)
         assert component.bytes_on("cpu") == component.device_bytes(streamed) - slots == component.full_bytes
@@ -877,24 +905,27 @@ def test_runs_leave_memory_as_it_was(network, policy, format, loras):
 
 
 @pytest.mark.parametrize("format", ["plain", "nvfp4"])
-def test_blocks_that_stream_no_more_give_host_memory_back(network, policy, format):
+def test_blocks_that_stream_no_more_give_host_memory_back(network, policy, no_shared_memory, format):
     policy("file")
     one = network(format)
-    one.result(A)
+    assert one.holds(A)
     before = memory()
     for streamed in (2, 3, 1):
-        one.result(A, streamed)
-        one.result(NONE, streamed)
-        one.result(A, streamed)
-        slots = one.component._stream.slot_bytes
-        assert memory() <= before + slots + (64 << 10), "blocks lie in memory twice"
-        pinned = [weakref.ref(arena.memory) for arena in one.component._arenas.values()]
+        for loras in (A, NONE, A):
+            one.result(loras, streamed)
+        arenas = one.component._arenas.values()
+        # tensors are aligned in arenas and slots
+        padding = 2 * 256 * sum(len(arena.tensors) for arena in arenas)
+        smallest = min(arena.size_bytes for arena in arenas)
+        assert padding < smallest
+        assert memory() < before + one.component._stream.slot_bytes + padding, "a block lies in memory twice"
+        pinned = [weakref.ref(arena.memory) for arena in arenas]
         assert one.holds(A)
-        assert memory() <= before + (64 << 10)
+        assert memory() < before + smallest // 2
         assert [one for one in pinned if one() is not None] == []
 
 
-def test_release_gives_slots_first_and_then_everything(network):
+def test_release_gives_slots_first_and_then_everything(network, no_shared_memory):
     one = network()
     component = one.component
     want = one.result(streamed=2)
@@ -919,13 +950,15 @@ def test_an_interrupted_switch_of_a_streamed_network_goes_on(network, policy, re
     one = network()
     one.result(streamed=2)
     reads.seconds = 0.02
+    reads.order.clear()
     with use_host(StandaloneHost(progress="quiet")) as standalone:
-        one.component.rest()
-        threading.Timer(0.1, standalone.interrupt).start()
+        reads.fails = lambda *_: len(reads.order) == 10 and standalone.interrupt()
         with pytest.raises(Interrupted):
             one.result(A, 2)
+        assert one.component._store.complete, "it was no switch"
         reads.seconds = 0.0
         one.component.start(0)
+        assert one.component._loading is not None
         assert one.holds(A, streamed=2)
         assert one.component._stream is not None
         assert one.component._stream.copies > 0

@@ -243,8 +243,8 @@ def test_another_device_is_the_cheapest_way_out_and_is_named_only_if_it_is_large
 def test_a_budget_that_is_too_small_is_to_be_raised():
     wanted, there = needs(ClipShape(241, 1088, 1920, 24.0)), room(79, budget=12)
     text, ways = refusal(wanted, there)
-    assert "79.0 GiB are free and the budget is 12.0 GiB, of which 1.0 GiB stay so" in text
-    budget = float(re.match(r"a memory budget of ([\d.]+) GiB", ways[0])[1])
+    assert "79.0 GiB are free and memory_limit is 12.0 GiB, of which 1.0 GiB stay so" in text
+    budget = float(re.match(r"a memory_limit of ([\d.]+) GiB", ways[0])[1])
     assert fits(wanted, room(79, budget=budget))
     assert not fits(wanted, room(79, budget=budget - 0.11))
 

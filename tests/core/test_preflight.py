@@ -172,6 +172,7 @@ def test_missing_parts_are_said_once_with_what_would_fit(tiny):
     assert where == ("checkpoint", paths["checkpoint"].name)
     assert problem.startswith("it has no text projection, no video VAE, no audio VAE, no vocoder. Choose: ")
     assert problem.count("an audio VAE file with its vocoder of LTX-2.3") == 1
+    assert [problem.count(f", as {name}") for name in ("text_projection", "video_vae", "audio_vae")] == [1, 1, 1]
 
 
 def test_a_transformer_of_2_5_alone_names_the_files_of_its_release(tiny):
