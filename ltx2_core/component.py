@@ -242,10 +242,8 @@ class Component(Generic[M]):
 
     def _kept_bytes(self) -> int:
         """Bytes on the device beside the network: bases and merged weights that are not in use, branches."""
-        if self._store is None:
-            return 0
-        held = self._store.bytes_on(torch.device(self.device))
-        return max(held - self._resident_bytes(len(self._arenas)), 0)
+        slots = 0 if self._stream is None else self._stream.device_bytes
+        return max(self.bytes_on(self.device) - slots - self._resident_bytes(len(self._arenas)), 0)
 
     def _missing_bytes(self) -> int:
         """What the network has still to take of the device."""

@@ -48,13 +48,19 @@ Part = tuple[int | None, str]
 
 @dataclass(eq=False, slots=True)
 class _Task:
-    """A weight on its way to a state: what it needs of the files, and what of it has landed."""
+    """A weight on its way to a state: what it still has to ask of the files, in how many parts, and what has landed."""
 
     slot: Slot
     goal: State
     changes: Changes
     needs: list[Request] = field(default_factory=list)
+    parts: int = 0
     landed: dict[Part, Tensor] = field(default_factory=dict)
+
+    def asked(self) -> list[Request]:
+        """The requests, once: they know their task, and a task that knew them too would live until the collector comes."""
+        needs, self.needs = self.needs, []
+        return needs
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -130,7 +136,7 @@ class WeightStore:
 
     def expected_bytes(self, adapters: Adapters) -> int:
         """How many bytes of files ``converge`` will read to reach the state of a list."""
-        return sum(need.info.size_bytes for task in self._tasks(adapters) for need in task.needs)
+        return sum(need.info.size_bytes for task in self._tasks(adapters) for need in task.asked())
 
     def forget(self) -> None:
         """Give up what is kept for the way back and not in use."""
@@ -223,7 +229,7 @@ class WeightStore:
             task.landed[number, role] = tensor
             if number is not None:
                 self._check.note(request.file, [(request.info, tensor)])
-            if len(task.landed) == len(task.needs):
+            if len(task.landed) == task.parts:
                 self._arrive(task)
 
     # deciding ---------------------------------------------------------------------------------------------------------
@@ -245,6 +251,7 @@ class WeightStore:
             for role, info in slot.source.weight.parts.items():
                 shared = info.size_bytes <= _SMALL_BYTES
                 task.needs.append(Request(slot.source.file, info, (task, None, role), shared))
+        task.parts = len(task.needs)
         return task
 
     def _needs_base(self, task: _Task) -> bool:
@@ -367,8 +374,9 @@ def _requests(tasks: Iterable[_Task]) -> Iterator[Request]:
     group: list[Request] = []
     size = 0
     for task in tasks:
-        group += task.needs
-        size += sum(request.info.size_bytes for request in task.needs)
+        needs = task.asked()
+        group += needs
+        size += sum(request.info.size_bytes for request in needs)
         if size >= _GROUP_BYTES:
             yield from sorted(group, key=_factors_first)
             group, size = [], 0
