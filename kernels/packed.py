@@ -20,6 +20,8 @@ from .stochastic import round_to_fp8
 
 FORMATS = ("fp8", "fp8_cast", "mxfp8", "nvfp4", *BLOCKS)
 
+# measured on a GPU: bytes of memory that unpacking to bfloat16 takes for a moment, for each weight, the result included
+UNPACK_BYTES = {"fp8": 6, "fp8_cast": 2, "mxfp8": 6.25, "nvfp4": 9.25, **dict.fromkeys(BLOCKS, 7.25)}
 # formats that a changed weight can be stored in; the others keep their weight and compute changes beside it
 REPACKABLE = frozenset({"fp8", "fp8_cast"})
 

@@ -6,6 +6,7 @@ The thread never calls the host: it is handed plain callables, counts what it ha
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -128,11 +129,11 @@ def _without_traceback(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def _on(device: torch.device) -> Iterator[None]:
-    """The thread's device, with a stream of its own that is finished when the block ends."""
+    """The thread's device, with a stream that is not the node's and is finished when the block ends."""
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = _stream(torch.cuda.current_device() if device.index is None else device.index)
     with torch.cuda.stream(stream):
         # weights that are replaced may still be read by what the node's thread asked for
         stream.wait_stream(torch.cuda.default_stream(device))
@@ -140,3 +141,9 @@ def _on(device: torch.device) -> Iterator[None]:
             yield
         finally:
             stream.synchronize()
+
+
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """One a device for good: freed memory and the workspaces of matrix products are kept for their stream."""
+    return torch.cuda.Stream(torch.device("cuda", index))

@@ -234,7 +234,7 @@ class Component(Generic[M]):
                 f"the {self.label} does not fit into its limit of {size(self._limit)} on {self.device}: it needs "
                 f"{size(self.device_bytes(streamed))} for weights, with {streamed} of its blocks streamed, "
                 f"{size(work_bytes)} for work, and {size(RESERVE_BYTES)} that stay free. Ways out, cheapest first: 1. a "
-                f"higher limit; 2. weights in fp8; 3. fewer frames or a smaller picture"
+                f"higher memory_limit; 2. weights in fp8; 3. fewer frames or a smaller picture"
             )
         if self.device_bytes(streamed) + self._kept_bytes() > room:
             self._forget()
@@ -382,7 +382,7 @@ class Component(Generic[M]):
         assert self._store is not None
         loading, total = self._loading, max(1, self._loading_bytes() // _PROGRESS_UNIT)
         try:
-            with host().progress(total, loading.name) as progress:
+            with host().progress(total, f"{loading.name}, MiB") as progress:
                 self._reached = loading.result(lambda done: progress.to(min(total, done // _PROGRESS_UNIT)))
                 progress.to(total)
         except BaseException as error:

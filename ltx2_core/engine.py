@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.packed import UNPACK_BYTES
 from .av import AV
 from .component import Component
 from .components import adapters_of, network_component, text_encoder_component, upsampler_component
@@ -54,8 +55,6 @@ from .vae.upsampler import upsample
 
 _LOG = logging.getLogger("ltx2.engine")
 
-# Measured: bytes of temporary memory a weight while a packed linear is unpacked
-_UNPACK_BYTES = {"fp8": 6, "fp8_cast": 2, "nvfp4": 9.25, "mxfp8": 6.25}
 # Hidden states of a 1024-token prompt, their copies in the projection, and the encoder's own work.
 _TEXT_WORK_BYTES = 2 << 30
 _AUDIO_WORK_BYTES = 1 << 30
@@ -349,7 +348,7 @@ class LocalEngine:
     def _unpack_bytes(self) -> int:
         """What unpacking the largest packed linear of the transformer holds at most."""
         weights = (source.weight for source in sources_of(self.files.of("transformer"), "transformer"))
-        packed = (_UNPACK_BYTES.get(w.format, 7) * math.prod(w.shape) for w in weights if w.format != "plain")
+        packed = (UNPACK_BYTES[w.format] * math.prod(w.shape) for w in weights if w.format != "plain")
         return int(max(packed, default=0))
 
     def _result(self, latent: AVLatent, states: AV[LatentState], x: AV[Tensor]) -> AVLatent:

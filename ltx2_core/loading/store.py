@@ -204,11 +204,15 @@ class WeightStore:
             if not tasks:
                 self._check.finish()
                 return adapters
-            # what is in memory already needs no reading, and frees what it replaces
-            for task in tasks:
-                if not task.needs:
-                    self._arrive(task)
-            run(task for task in tasks if task.needs)
+            try:
+                # what is in memory already needs no reading, and frees what it replaces
+                for task in tasks:
+                    if not task.needs:
+                        self._arrive(task)
+                run(task for task in tasks if task.needs)
+            finally:
+                for task in tasks:
+                    task.asked()
 
     def _first_reading(self, wanted: Callable[[], Adapters]) -> Iterator[_Task]:
         for slot in self._slots:

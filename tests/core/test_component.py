@@ -5,6 +5,7 @@ import gc
 import hashlib
 import os
 import random
+import sys
 import threading
 import time
 import weakref
@@ -25,6 +26,7 @@ from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.loading import ring
 from ltx2_engine.ltx2_core.loading import store as store_module
 from ltx2_engine.ltx2_core.loading.checkpoint import CheckpointError
+from ltx2_engine.ltx2_core.loading.staged import Request
 from ltx2_engine.ltx2_core.model_spec import ModelSpec
 from ltx2_engine.ltx2_core.preflight import open_files
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
@@ -181,8 +183,8 @@ def reads(monkeypatch):
 
 @pytest.fixture
 def no_shared_memory(monkeypatch):
-    """Small tensors have memory of their own, as those of real models have."""
-    monkeypatch.setattr(store_module, "_SMALL_BYTES", -1)
+    """Small tensors have memory of their own, as the large ones of real models have."""
+    monkeypatch.setattr(store_module, "Request", lambda file, info, tag=None, shared=False: Request(file, info, tag))
 
 
 @pytest.fixture
@@ -337,6 +339,40 @@ def test_a_second_start_begins_nothing(fresh, reads, context):
     assert max(Counter(reads.order).values()) == 1, "something was read twice"
 
 
+@pytest.mark.parametrize(("name", "format"), [("pair", PLAIN), ("side", PLAIN), ("file", "nvfp4")])
+def test_sizes_can_be_asked_for_while_a_network_is_read(network, policy, name, format):
+    """As hosts do whenever they need memory; the thread puts layers and weights in place meanwhile."""
+    policy(name)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(10):
+            one = network(format)
+            one.component.start(0, one.adapters(AB))
+            while not one.component._loading.join(0):
+                pending = one.component.pending_bytes
+                assert pending + one.component.bytes_on("cpu") >= one.component.full_bytes
+            one.component.close()
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_an_engine_with_loras_reads_them_ahead(fresh, reads, context):
+    engine = fresh(loras=A)
+    for _ in range(2):
+        engine.start()
+        until(lambda: transformer_of(engine)._loading.join(0))
+        assert reads.bytes["a.safetensors"] > 0
+        reads.bytes.clear()
+        assert sampled(engine, context) == sampled(fresh(loras=A), context)
+        reads.bytes.clear()
+        engine.close()
+    base = engine._base
+    base.start()
+    until(lambda: transformer_of(base)._loading.join(0))
+    assert reads.bytes["a.safetensors"] == 0, "LoRAs of another handle were read"
+
+
 @pytest.mark.parametrize("policy_name", POLICIES)
 def test_a_lora_that_comes_while_the_model_is_read(spec, fresh, reads, context, policy, policy_name):
     policy(policy_name)
@@ -422,6 +458,22 @@ def test_a_lora_cut_short_while_it_is_read_is_named(fresh, spec, reads, context,
         with pytest.raises(CheckpointError, match=r"a\.safetensors: the file (ends|was changed)"):
             sampled(engine, context)
     assert sampled(base, context) == want
+    assert sampled(engine, context) == sampled(fresh(loras=A), context)
+
+
+def test_a_network_that_was_read_before_its_lora_failed_is_finished_all_the_same(fresh, spec, reads, context):
+    base = fresh()
+    transformer_of(base).overlap = False
+    engine = LocalEngine(replace(base.files, spec=spec(loras=A)), base)
+    reads.fails = lambda name, offset: name == "a.safetensors"
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: reading failed"):
+        sampled(engine, context)
+    component = transformer_of(base)
+    assert component._store.complete, "it was read together with the LoRA"
+    reads.bytes.clear()
+    assert sampled(base, context) == sampled(fresh(), context)
+    assert not component._store.module.training
+    reads.fails = lambda *_: False
     assert sampled(engine, context) == sampled(fresh(loras=A), context)
 
 
@@ -732,7 +784,7 @@ def test_bases_in_host_memory_are_read_once(network, policy, reads):
     assert one.result(HALF_A) == half
 
 
-def test_a_switch_stops_the_keeping_and_takes_its_memory_back(network, policy, reads, monkeypatch):
+def test_a_switch_stops_the_keeping_and_takes_its_memory_back(network, wanted, policy, reads, monkeypatch):
     policy("pinned")
     keep = Component._keep
 
@@ -742,9 +794,11 @@ def test_a_switch_stops_the_keeping_and_takes_its_memory_back(network, policy, r
 
     monkeypatch.setattr(Component, "_keep", slowly)
     one = network()
-    for loras in (HALF_A, AB, A, HALF_A, A):
+    order = (HALF_A, AB, A, HALF_A, A)
+    results = []
+    for loras in order:
         reads.seconds = 0.0
-        assert one.holds(loras)
+        results.append(one.result(loras))
         assert not one.component._keeping.join(0), "nothing was being kept"
     assert len(one.component._kept) == 1
     reads.seconds = 0.0
@@ -752,6 +806,11 @@ def test_a_switch_stops_the_keeping_and_takes_its_memory_back(network, policy, r
     reads.bytes.clear()
     one.result(HALF_A)
     assert set(reads.bytes) == {"a.safetensors"}
+    reads.seconds = 0.0
+    policy("file")
+    for loras, result in zip(order, results, strict=True):
+        assert network().holds(loras)
+        assert result == wanted[PLAIN, loras, "file"]
 
 
 def test_memory_does_not_grow_with_switches(network, policy, no_shared_memory):
@@ -767,6 +826,25 @@ def test_memory_does_not_grow_with_switches(network, policy, no_shared_memory):
             sizes.append((one.component.bytes_on("cpu"), memory()))
         assert len(set(sizes[1:])) == 1, (name, sizes)
         one.component.close()
+
+
+def test_a_switch_that_is_stopped_leaves_nothing_for_the_collector(network, policy, reads, monkeypatch):
+    policy("file")
+    monkeypatch.setattr(store_module, "_GROUP_BYTES", 100_000)
+    one = network()
+    one.result(AB)
+    reads.seconds = 0.02
+    reads.order.clear()
+    with use_host(StandaloneHost(progress="quiet")) as standalone, without_collector():
+        thread = threading.Thread(target=lambda: until(lambda: len(reads.order) > 10) or standalone.interrupt())
+        thread.start()
+        with pytest.raises(Interrupted):
+            one.result(HALF_A)
+        thread.join()
+        assert one.component._store.complete
+        found = watched(one.component)
+        assert one.component.release("cpu", None) > 0
+        assert [one for one in found if one() is not None] == []
 
 
 def test_forgetting_the_bases_gives_their_memory_back(network, policy, no_shared_memory):
@@ -1118,7 +1196,7 @@ def test_a_limit_that_cannot_be_kept_is_an_error_with_ways_out(apart):
     least = apart().component.device_bytes(BLOCKS)
     one = apart(least + WORK - 1)
     with use_host(Machine(1 << 40)):
-        with pytest.raises(HostOutOfMemory, match=r"transformer .* limit of .* for work.*Ways out.*higher limit"):
+        with pytest.raises(HostOutOfMemory, match=r"transformer .* limit of .* for work.*higher memory_limit"):
             one.result(streamed=None, work=WORK)
         assert one.component.bytes_on(GPU) == one.component.bytes_on("cpu") == 0
         assert one.holds(streamed=None, work=WORK - 1)

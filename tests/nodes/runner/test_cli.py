@@ -1,8 +1,11 @@
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -163,6 +166,23 @@ def test_the_first_interrupt_stops_cleanly_and_handlers_are_restored(flow, capsy
     assert cli.main(["run", flow({"5": node("Boom", how="interrupt")}), "--quiet"], nodes={"Boom": Boom}) == 130
     assert "interrupted" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_messages_of_threads_stand_on_lines_of_their_own_beside_a_bar(flow, capsys):
+    class Talks(Boom):
+        def go(self, how):
+            with host().progress(3, "sampling") as progress:
+                progress.step()
+                thread = threading.Thread(target=logging.getLogger("ltx2.loading").info, args=("read it",))
+                thread.start()
+                thread.join()
+                progress.step(2)
+            return {}
+
+    assert cli.main(["run", flow({"5": node("Talks", how="")})], nodes={"Talks": Talks}) == 0
+    shown = capsys.readouterr().err
+    assert "sampling" in shown
+    assert [line for line in re.split("[\r\n]", shown) if "read it" in line] == ["INFO read it"]
 
 
 def test_models_come_from_the_option_or_the_environment(flow, tmp_path, monkeypatch):
