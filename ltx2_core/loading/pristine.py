@@ -86,9 +86,9 @@ class Pristine:
             self._merged[name] = key, value
 
     def tensors(self) -> Iterator[Tensor]:
-        """Everything that is kept; some of it may be in use."""
-        merged = (value for _, value in self._merged.values())
-        for value in (*self._base.values(), *self._stored.values(), *merged):
+        """Everything that is kept; some of it may be in use. May be asked while another thread keeps more."""
+        merged = [value for _, value in list(self._merged.values())]
+        for value in [*list(self._base.values()), *list(self._stored.values()), *merged]:
             yield from value.values()
 
     def drop(self) -> None:

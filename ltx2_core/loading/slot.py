@@ -62,10 +62,11 @@ class Slot:
         if not self.packed:
             return {"data": getattr(self.owner, self.leaf)}
         assert isinstance(self.owner, PackedLinear)
-        if self.owner.packed is not None:
-            return self.owner.packed.parts
-        assert self.owner.weight is not None
-        return {"dense": self.owner.weight}
+        packed, weight = self.owner.packed, self.owner.weight
+        if packed is not None:
+            return packed.parts
+        # neither is there for a moment while another thread replaces one by the other
+        return {} if weight is None else {"dense": weight}
 
     def set(self, value: Value) -> None:
         """Make the network hold a value; one with memory of its own gets a copy."""

@@ -69,6 +69,7 @@ class _Branches:
 
     sources: tuple[Hashable, ...]
     modules: nn.ModuleList
+    tensors: tuple[Tensor, ...]
 
 
 class WeightStore:
@@ -107,9 +108,10 @@ class WeightStore:
         return sum(slot.nbytes(self.dtype) for slot in (self._slots if part is None else self._inside(part)))
 
     def bytes_on(self, device: torch.device) -> int:
-        """Bytes held on a device, with what is kept for the way back."""
-        held = {id(t): t for t in (*self.module.parameters(), *self.module.buffers(), *self.pristine.tensors())}
-        held |= {id(t): t for branches in self._branches.values() for t in branches.modules.buffers()}
+        """Bytes held on a device, with what is kept for the way back. May be asked while another thread converges."""
+        held = {id(t): t for slot in self._slots for t in slot.value().values()}
+        held |= {id(t): t for t in self.pristine.tensors()}
+        held |= {id(t): t for branches in list(self._branches.values()) for t in branches.tensors}
         return sum(t.nbytes for t in held.values() if t.device == device)
 
     def give_memory(self, part: nn.Module, take: Callable[[nn.Module], object]) -> None:
@@ -342,7 +344,8 @@ class WeightStore:
             linear.branches = None
             return
         if any(number is not None for number, _ in task.landed):
-            self._branches[slot.name] = _Branches(task.changes.sources, self._new_branches(task))
+            modules = self._new_branches(task)
+            self._branches[slot.name] = _Branches(task.changes.sources, modules, tuple(modules.buffers()))
         linear.branches = self._branches[slot.name].modules
         for branch, change in zip(linear.branches, items, strict=True):
             assert isinstance(branch, LowRank)

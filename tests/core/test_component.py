@@ -512,10 +512,18 @@ def test_an_interrupt_gives_control_and_memory_back_within_a_second(fresh, reads
         assert sampled(engine, context) == want
 
 
-def test_an_interrupt_while_the_first_of_two_is_read_stops_both(fresh, reads, context):
+class Unseen(StandaloneHost):
+    """The node's thread takes the interrupt before any other sees it."""
+
+    def interrupted(self):
+        return False
+
+
+@pytest.mark.parametrize("kind", [StandaloneHost, Unseen])
+def test_an_interrupt_while_the_first_of_two_is_read_stops_both(fresh, reads, context, kind):
     engine = fresh()
     reads.seconds = 0.05
-    with use_host(StandaloneHost(progress="quiet")) as standalone:
+    with use_host(kind(progress="quiet")) as standalone:
         engine.start()
         until(lambda: engine._text_encoder.bytes_on("cpu") > 0)
         standalone.interrupt()
@@ -548,9 +556,11 @@ def test_the_hosts_own_exception_is_raised_also_where_the_thread_saw_the_flag_fi
         component.start(0)
         flagged.interrupt()
         until(lambda: component._loading.join(0))
+        reads.order.clear()
         with pytest.raises(Flagged.Stopped):
             component.use(0)
         assert not flagged.interrupted()
+        assert reads.order == [], "it began again"
 
 
 def test_a_reading_that_an_earlier_interrupt_stopped_begins_again(fresh, reads, context):
@@ -652,18 +662,24 @@ def test_a_host_that_needs_room_stops_the_reading(fresh, reads, context):
 
 
 def test_an_error_leaves_nothing_behind_for_the_collector(fresh, reads):
+    """Of the network, and of what its users had at hand."""
     engine = fresh()
     component = transformer_of(engine)
     component._the_store()
     end = places(engine)
     reads.fails = lambda name, offset: end(name, offset) and len(reads.order) > 150
-    found = []
+    found = [weakref.ref(component._store.module)]
+
+    def use():
+        mine = Reads(None)
+        found.append(weakref.ref(mine))
+        component.use(0)
+
     with without_collector():
         with contextlib.suppress(CheckpointError):
-            found.append(weakref.ref(component._store.module))
-            component.use(0)
+            use()
             raise AssertionError("nothing failed")
-        assert found[0]() is None
+        assert [one for one in found if one() is not None] == []
 
 
 def test_an_error_that_is_kept_keeps_no_weights(fresh, reads, no_shared_memory):
