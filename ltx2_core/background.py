@@ -78,7 +78,7 @@ class Background(Generic[T]):
         while after is not None and not after.join(_POLL_SECONDS):
             if self.stopped():
                 raise Interrupted("the work was stopped")
-        if after is not None and after._given_up:
+        if after is not None and (after._given_up or after.was_interrupted):
             raise Interrupted("the work before this was interrupted")
 
     # for everybody else

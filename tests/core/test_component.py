@@ -936,6 +936,19 @@ def test_lists_and_streamed_counts_in_any_order(network, policy, name, format):
         assert one.holds(loras, streamed=streamed), steps[: number + 1]
 
 
+def test_the_way_back_is_decided_anew_where_blocks_lie_elsewhere(network, policy, reads):
+    policy("pair")
+    one = network()
+    base, merged = one.result(), one.result(A)
+    assert one.result(A, BLOCKS)[0] == merged[0]
+    assert one.component._kept_bytes() == 0, "bases lie on the device beside blocks that do not"
+    assert one.result(HALF_A, 0) != merged
+    assert one.result(A, 0) == merged
+    reads.bytes.clear()
+    assert one.result() == base
+    assert sum(reads.bytes.values()) == 0, "it is no pair again"
+
+
 def test_weights_made_dense_for_a_lora_stream_too(network, policy):
     policy("file")
     one = network("nvfp4")
