@@ -141,7 +141,7 @@ def context(models):
 
 
 class Reads:
-    """The reads of every file: how long each takes, how many bytes, and which wait or fail."""
+    """The reads of every file: how long each takes, how many bytes, and which fail or, while the gate is closed, wait."""
 
     def __init__(self, read):
         self._read, self._lock = read, threading.Lock()
@@ -159,8 +159,9 @@ class Reads:
         with self._lock:
             self.order.append((name, offset))
         self.began.set()
-        if self.waits(name, offset):
-            assert self.gate.wait(20), "a test left reads waiting"
+        end = time.monotonic() + 20
+        while self.waits(name, offset) and not self.gate.wait(0.005):
+            assert time.monotonic() < end, "a test left reads waiting"
         time.sleep(self.seconds)
         if self.fails(name, offset):
             raise OSError(5, "Input/output error")
@@ -300,15 +301,12 @@ def test_text_is_encoded_while_the_transformer_is_read(fresh, reads, context):
     prompt = encoded(alone)
 
     engine = fresh()
-    reads.order.clear()
     reads.gate.clear()
     engine.start()
     assert running(), "nothing reads"
     assert transformer_of(engine).bytes_on("cpu") == 0
     reads.waits = places(engine)
-    reads.gate.set()
     until(lambda: engine._text_encoder._loading.join(0))
-    reads.gate.clear()
     beside = encoded(engine)
     assert transformer_of(engine)._loading is not None
     assert not transformer_of(engine)._loading.join(0), "the transformer was not being read"
@@ -380,17 +378,25 @@ def test_a_lora_that_comes_while_the_model_is_read(spec, fresh, reads, context, 
     want = sampled(want_engine, context), weights(transformer_of(want_engine))
     handle = ModelHandle(spec(), open_engine(spec()))
     of_transformer = places(handle.engine)
-    reads.seconds = 0.01
+
+    def begun():
+        return sum(of_transformer(*place) for place in reads.order.copy()) > 100
+
+    reads.order.clear()
+    reads.waits = lambda *place: of_transformer(*place) and begun()
+    reads.gate.clear()
     handle.start()
-    until(lambda: sum(of_transformer(*place) for place in reads.order) > 100)
+    until(begun)
     assert not transformer_of(handle.engine)._loading.join(0)
     reads.bytes.clear()
     for name, strength, *_ in AB:
         handle = handle.with_lora(spec(loras=AB).loras[0].path.with_name(f"{name}.safetensors"), strength)
-    reads.seconds = 0.0
+    reads.gate.set()
     assert sampled(handle.engine, context) == want[0]
     assert weights(transformer_of(handle.engine)) == want[1]
     assert reads.bytes["a.safetensors"] < 2 * os.path.getsize(spec(loras=A).loras[0].path)
+    # what had been read was read again, and nothing else
+    assert reads.bytes["plain.safetensors"] < 1.25 * transformer_of(handle.engine).full_bytes
 
 
 def test_an_error_of_the_thread_surfaces_in_the_next_user_with_the_files_name(fresh, reads, context):
@@ -429,6 +435,22 @@ def test_a_file_cut_short_while_it_is_read(fresh, spec, reads, context, which):
                 sampled(engine, context)
     assert encoded(engine) == prompt
     assert sampled(engine, context) == want
+
+
+def interrupting(standalone, reads):
+    """A thread that interrupts after the tenth read from now; the reads after that wait for it."""
+    reads.order.clear()
+    reads.waits = lambda *_: len(reads.order) > 10
+    reads.gate.clear()
+
+    def interrupt():
+        until(lambda: len(reads.order) > 10)
+        standalone.interrupt()
+        reads.gate.set()
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    return thread
 
 
 @contextlib.contextmanager
@@ -802,27 +824,34 @@ def test_bases_in_host_memory_are_read_once(network, policy, reads):
 
 def test_a_switch_stops_the_keeping_and_takes_its_memory_back(network, wanted, policy, reads, monkeypatch):
     policy("pinned")
-    keep = Component._keep
+    keep, stop_keeping = Component._keep, Component._stop_keeping
 
-    def slowly(component):
-        reads.seconds = 0.05
+    def without_end(component):
+        reads.gate.clear()
         keep(component)
 
-    monkeypatch.setattr(Component, "_keep", slowly)
+    def stop(component):
+        if component._keeping is not None:
+            component._keeping._stop.set()
+        reads.gate.set()
+        stop_keeping(component)
+
+    monkeypatch.setattr(Component, "_keep", without_end)
+    monkeypatch.setattr(Component, "_stop_keeping", stop)
+    reads.waits = lambda name, offset: name == "plain.safetensors"
     one = network()
     order = (HALF_A, AB, A, HALF_A, A)
     results = []
     for loras in order:
-        reads.seconds = 0.0
         results.append(one.result(loras))
         assert not one.component._keeping.join(0), "nothing was being kept"
     assert len(one.component._kept) == 1
-    reads.seconds = 0.0
+    reads.gate.set()
     one.component._keeping.join()
     reads.bytes.clear()
     one.result(HALF_A)
     assert set(reads.bytes) == {"a.safetensors"}
-    reads.seconds = 0.0
+    reads.gate.set()
     policy("file")
     for loras, result in zip(order, results, strict=True):
         assert network().holds(loras)
@@ -849,11 +878,8 @@ def test_a_switch_that_is_stopped_leaves_nothing_for_the_collector(network, poli
     monkeypatch.setattr(store_module, "_GROUP_BYTES", 100_000)
     one = network()
     one.result(AB)
-    reads.seconds = 0.02
-    reads.order.clear()
     with use_host(StandaloneHost(progress="quiet")) as standalone, without_collector():
-        thread = threading.Thread(target=lambda: until(lambda: len(reads.order) > 10) or standalone.interrupt())
-        thread.start()
+        thread = interrupting(standalone, reads)
         with pytest.raises(Interrupted):
             one.result(HALF_A)
         thread.join()
@@ -934,6 +960,7 @@ def test_lists_and_streamed_counts_in_any_order(network, policy, name, format):
     steps += [(choice.choice(LISTS), choice.randrange(BLOCKS + 1)) for _ in range(6)]
     for number, (loras, streamed) in enumerate(steps):
         assert one.holds(loras, streamed=streamed), steps[: number + 1]
+        assert not streamed or one.component._store.pristine.policy in (None, "file"), "merging in arenas takes no room"
 
 
 def test_the_way_back_is_decided_anew_where_blocks_lie_elsewhere(network, policy, reads):
@@ -1019,9 +1046,9 @@ def test_blocks_that_stream_no_more_give_host_memory_back(network, policy, no_sh
     for streamed in (2, 3, 1):
         for loras in (A, NONE, A):
             one.result(loras, streamed)
-        arenas = one.component._arenas.values()
-        smallest = min(arena.size_bytes for arena in arenas)
-        assert memory() < before + one.component._stream.slot_bytes + smallest // 2, "a block lies in memory twice"
+            arenas = one.component._arenas.values()
+            smallest = min(arena.size_bytes for arena in arenas)
+            assert memory() < before + one.component._stream.slot_bytes + smallest // 2, "a block lies in memory twice"
         pinned = [weakref.ref(arena.memory) for arena in arenas]
         assert one.holds(A)
         assert memory() < before + smallest // 2
@@ -1052,16 +1079,12 @@ def test_an_interrupted_switch_of_a_streamed_network_goes_on(network, policy, re
     policy("file")
     one = network()
     one.result(streamed=2)
-    reads.seconds = 0.02
-    reads.order.clear()
     with use_host(StandaloneHost(progress="quiet")) as standalone:
-        thread = threading.Thread(target=lambda: until(lambda: len(reads.order) > 10) or standalone.interrupt())
-        thread.start()
+        thread = interrupting(standalone, reads)
         with pytest.raises(Interrupted):
             one.result(A, 2)
         thread.join()
         assert one.component._store.complete, "it was no switch"
-        reads.seconds = 0.0
         one.component.start(0)
         assert one.component._loading is not None
         assert one.holds(A, streamed=2)
