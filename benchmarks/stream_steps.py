@@ -15,12 +15,13 @@ import torch
 from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning import state as tokens
 from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
+from ltx2_engine.ltx2_core.loading.arena import Arena
 from ltx2_engine.ltx2_core.loading.linear import LowRank, PackedLinear, put
 from ltx2_engine.ltx2_core.memory_plan import SLOTS
 from ltx2_engine.ltx2_core.networks import build_on_meta
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
 from ltx2_engine.ltx2_core.shapes import ClipShape
-from ltx2_engine.ltx2_core.streaming import Arena, BlockStream
+from ltx2_engine.ltx2_core.streaming import BlockStream
 from ltx2_engine.ltx2_core.transformer.model import Transformer
 from random_model import STD
 from report import Row

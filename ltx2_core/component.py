@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .background import Background
 from .host import HostOutOfMemory, Interrupted, host
+from .loading.arena import Arena
 from .loading.build import Source
 from .loading.changes import Adapters
 from .loading.pinned import PinnedMemory
@@ -20,7 +21,7 @@ from .loading.pristine import POLICIES, choose_policy
 from .loading.store import WeightStore, frozen
 from .memory_plan import SLOTS
 from .memory_sizes import HOST_RESERVE_BYTES, RESERVE_BYTES, Stack, size
-from .streaming import Arena, BlockStream
+from .streaming import BlockStream
 
 log = logging.getLogger("ltx2.engine")
 
@@ -312,9 +313,7 @@ class Component(Generic[M]):
             store.give_memory(blocks[number], Arena.of)
             self._arenas[number] = Arena.of(blocks[number])
         for number in to_device:
-            store.take_memory(blocks[number])
-            # low-rank branches are in the arena too
-            Arena.leave(blocks[number], store.device)
+            store.give_memory(blocks[number], _on(store.device))
             del self._arenas[number]
 
     def _check_host_memory(self, needed: int) -> None:
@@ -461,7 +460,13 @@ class Component(Generic[M]):
                 dtype=self._dtype,
                 keeps_packed=files.keeps_packed,
             )
+            for block in files.blocks(self._store.module):
+                self._store.give_memory_later(block, _on(self._store.device))
         return self._store
+
+
+def _on(device: torch.device) -> Callable[[nn.Module], Arena]:
+    return partial(Arena.of, device=device, pin=False)
 
 
 def _memory(tensor: Tensor) -> int:

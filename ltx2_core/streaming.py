@@ -9,129 +9,12 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .loading.pinned import PinnedMemory
-
-# no load of a GPU wants more
-_ALIGNMENT = 256
-_ATTRIBUTE = "_ltx2_arena"
-
-
-class _Place(NamedTuple):
-    """Where a tensor lies in an arena."""
-
-    offset: int
-    size_bytes: int
-    dtype: torch.dtype
-    shape: torch.Size
-
-
-class Arena:
-    """The tensors of a module in one piece of memory: on a device, or on the host, pinned where there is a GPU.
-
-    memory: flat, uint8. tensors: the module's, views of it. ``point`` makes them views of a copy on any device, ``restore``
-    of ``memory`` again: they stay the same objects, so whoever holds them, and ``state_dict``, notice nothing.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], device: torch.device):
-        """Take in tensors from any device; those that cannot become views are replaced by others in ``tensors``."""
-        places, end = [], 0
-        for tensor in tensors:
-            places.append(_Place(end, tensor.nbytes, tensor.dtype, tensor.shape))
-            end += _rounded_up(tensor.nbytes, _ALIGNMENT)
-        self.layout = tuple(places)
-        self._host = PinnedMemory(end) if device.type == "cpu" else None
-        self.memory = _bytes(end, device) if self._host is None else self._host.memory
-        self._home = self.views(self.memory)
-        self.tensors = tuple(_taken_in(tensor, view) for tensor, view in zip(tensors, self._home, strict=True))
-
-    @classmethod
-    def of(cls, module: nn.Module, device: torch.device | str = "cpu") -> Arena:
-        """The arena of a module's parameters and buffers on a device.
-
-        The one that the module has, or a new one if that lies elsewhere or the module's tensors are others now. Values
-        are copied; tensors on the meta device become memory without values. Those and tensors made in inference mode are
-        replaced, all others stay the same objects. What parts of the module share stays shared.
-        """
-        # made as normal tensors, which may be written inside and outside of inference mode
-        with torch.inference_mode(False), torch.no_grad():
-            named = [
-                (owner, name, tensor)
-                for owner in module.modules()
-                for tensors in (owner.named_parameters, owner.named_buffers)
-                for name, tensor in tensors(recurse=False, remove_duplicate=False)
-            ]
-            unique = list({id(tensor): tensor for _, _, tensor in named}.values())
-            device = torch.empty(0, device=device).device  # with the number of the current GPU
-            known = module.__dict__.get(_ATTRIBUTE)
-            if known is not None and known.memory.device == device and known.holds(unique):
-                return known
-            arena = module.__dict__[_ATTRIBUTE] = cls(unique, device)
-            in_arena = dict(zip(map(id, unique), arena.tensors, strict=True))
-            for owner, name, tensor in named:
-                if in_arena[id(tensor)] is not tensor:
-                    setattr(owner, name, in_arena[id(tensor)])
-            return arena
-
-    @staticmethod
-    def leave(module: nn.Module, device: torch.device) -> None:
-        """Give what lies in a module's arena memory of its own on a device, and close the arena."""
-        arena = module.__dict__.pop(_ATTRIBUTE, None)
-        if arena is None:
-            return
-        memory = arena.memory.untyped_storage().data_ptr()
-        with torch.inference_mode(False), torch.no_grad():
-            for tensor in (*module.parameters(), *module.buffers()):
-                if not tensor.is_meta and tensor.untyped_storage().data_ptr() == memory:
-                    tensor.data = tensor.to(device, copy=True)
-        arena.close()
-
-    @property
-    def size_bytes(self) -> int:
-        return self.memory.nbytes
-
-    @property
-    def pinned(self) -> bool:
-        return self._host is not None and self._host.pinned
-
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these very tensors lie in ``memory``, and no others."""
-        return [(id(t), t.data_ptr()) for t in tensors] == [
-            (id(t), home.data_ptr()) for t, home in zip(self.tensors, self._home, strict=True)
-        ]
-
-    def views(self, copy: Tensor) -> tuple[Tensor, ...]:
-        """The tensors in a copy of ``memory``: flat, uint8, at least as long."""
-        return tuple(copy[p.offset : p.offset + p.size_bytes].view(p.dtype).view(p.shape) for p in self.layout)
-
-    def point(self, views: Sequence[Tensor]) -> None:
-        """Make the module's tensors these views."""
-        for tensor, view in zip(self.tensors, views, strict=True):
-            tensor.data = view
-
-    def restore(self) -> None:
-        """Make the module's tensors views of ``memory``."""
-        self.point(self._home)
-
-    def close(self) -> None:
-        """Unpin the memory, from which no copy may be under way; it goes with the last tensor that lies in it."""
-        if self._host is not None:
-            self._host.close()
-
-
-def _taken_in(tensor: Tensor, view: Tensor) -> Tensor:
-    if not tensor.is_meta:
-        view.copy_(tensor)
-    if tensor.is_meta or tensor.is_inference():
-        # neither can be given other data: one stays on its device, the other without a version counter
-        # another object than the view, which goes on saying where home is when the tensor is pointed elsewhere
-        return nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view.detach()
-    tensor.data = view
-    return tensor
+from .loading.arena import Arena
 
 
 class Transfers(Protocol):
@@ -196,7 +79,7 @@ class _Slot:
         self.buffer, self.free = buffer, free
         self.filled: Any = None
         self.block: int | None = None
-        self._views: dict[tuple[_Place, ...], tuple[Tensor, ...]] = {}
+        self._views: dict[tuple, tuple[Tensor, ...]] = {}
 
     def views(self, arena: Arena) -> tuple[Tensor, ...]:
         if arena.layout not in self._views:
@@ -327,7 +210,3 @@ def _bytes(count: int, device: torch.device | str = "cpu") -> Tensor:
     # a normal tensor, which may be written inside and outside of inference mode
     with torch.inference_mode(False):
         return torch.empty(count, dtype=torch.uint8, device=device)
-
-
-def _rounded_up(count: int, unit: int) -> int:
-    return -(-count // unit) * unit

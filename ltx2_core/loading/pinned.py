@@ -24,7 +24,7 @@ class PinnedMemory:
     """
 
     def __init__(self, count: int):
-        self.memory = _pages(count)
+        self.memory = pages(count)
         self.pinned = _pin(self.memory)
         self._unpin = weakref.finalize(self, _unpin, self.memory) if self.pinned else None
         if self._unpin is not None:
@@ -37,16 +37,16 @@ class PinnedMemory:
         self.pinned = False
 
 
-def _pages(count: int) -> Tensor:
-    """Host memory in pages of its own, large ones where the system has them: those are pinned much faster."""
+def pages(count: int) -> Tensor:
+    """Flat uint8 host memory of at least that size in pages of its own, not initialised; large ones where the system has them: those are pinned much faster."""
     private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
     whole = max(-(-count // mmap.PAGESIZE) * mmap.PAGESIZE, mmap.PAGESIZE)
-    pages = mmap.mmap(-1, whole, **private)
+    region = mmap.mmap(-1, whole, **private)
     with contextlib.suppress(AttributeError, OSError):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        region.madvise(mmap.MADV_HUGEPAGE)
     # a normal tensor, which may be written inside and outside of inference mode
     with torch.inference_mode(False):
-        return torch.frombuffer(pages, dtype=torch.uint8)
+        return torch.frombuffer(region, dtype=torch.uint8)
 
 
 def _pin(memory: Tensor) -> bool:

@@ -3,7 +3,7 @@
 Subtracting a delta from a bfloat16 weight does not give the weight back (7 to 15 % of elements end one unit off), so the
 base is kept or read again:
 
-pair    base and merged weights side by side on the device: a switch between the two binds other tensors
+pair    base and merged weights side by side on the device: a switch between the two exchanges their values
 pinned  a copy of the base in pinned host memory
 file    nothing is kept: touched weights are read again
 side    nothing is merged: low-rank branches run beside the weights
@@ -68,22 +68,28 @@ class Pristine:
         return name in self._base or name in self._stored
 
     def keep(self, name: str, value: Value) -> None:
-        """Keep a base value whose weight gets another, in a pair."""
-        if self.policy == "pair":
-            self._base[name] = value
+        """Keep a base value whose weight gets another."""
+        self._base[name] = value
 
     def keep_stored(self, name: str, parts: Value) -> None:
         """Keep a weight in host memory as the file has it."""
         self._stored[name] = parts
 
-    def merged(self, name: str, key: object) -> Value | None:
-        """The merged value that was put aside, if it is the one of ``key``."""
-        found, value = self._merged.get(name, (None, None))
-        return value if found == key else None
+    def has_merged(self, name: str, key: object) -> bool:
+        """Whether the merged value that was put aside is the one of ``key``."""
+        return name in self._merged and self._merged[name][0] == key
+
+    def take_merged(self, name: str, key: object) -> Value | None:
+        """That value, which the network holds from now on."""
+        return self._merged.pop(name)[1] if self.has_merged(name, key) else None
+
+    def drop_base(self, name: str) -> None:
+        """Forget a base value that the network holds itself."""
+        self._base.pop(name, None)
 
     def put_aside(self, name: str, key: object, value: Value) -> None:
-        if self.policy == "pair":
-            self._merged[name] = key, value
+        """Keep a merged value whose weight gets its base back."""
+        self._merged[name] = key, value
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that is kept; some of it may be in use. May be asked while another thread keeps more."""

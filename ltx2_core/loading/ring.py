@@ -64,6 +64,18 @@ class Request:
     shared: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A tensor that bytes are to be read into, and where it lies: from ``offset`` on in ``memory``, flat uint8.
+
+    Neighbours in a file that are neighbours in one memory too are copied together.
+    """
+
+    tensor: Tensor
+    memory: Tensor
+    offset: int
+
+
 @dataclass(eq=False)
 class Landing:
     """A tensor and the request that it answers.

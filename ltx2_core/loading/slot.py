@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .arena import Arena
 from .build import Source
 from .linear import PackedLinear, PackedWeight, put
+from .ring import Room
 
 Value = Mapping[str, Tensor]
 
@@ -30,15 +32,16 @@ BASE = State()
 class Slot:
     """One weight of a network: where it comes from, which module holds it, and what it holds.
 
-    leaf: its name in the owner. packed: it stays packed, in a PackedLinear. fixed: it has memory of its own, that values
-    are copied into. state: None before the weight was read.
+    leaf: its name in the owner. packed: it stays packed, in a PackedLinear. part: a module around it with an arena, in
+    which the weight has its place that values are copied into; None where every value comes with memory. state: None
+    before the weight was read.
     """
 
     source: Source
     owner: nn.Module
     leaf: str
     packed: bool
-    fixed: bool = False
+    part: nn.Module | None = None
     state: State | None = None
     name: str = field(init=False)
 
@@ -68,14 +71,32 @@ class Slot:
         # neither is there for a moment while another thread replaces one by the other
         return {} if weight is None else {"dense": weight}
 
+    @property
+    def arena(self) -> Arena | None:
+        return None if self.part is None else Arena.last_of(self.part)
+
+    def room(self, role: str) -> Room | None:
+        """The place of a part of what the network holds; None for what lies elsewhere."""
+        arena, tensor = self.arena, self.value().get(role)
+        offset = None if arena is None or tensor is None else arena.offset(tensor)
+        return None if arena is None or tensor is None or offset is None else Room(tensor, arena.memory, offset)
+
+    def apart(self, value: Value) -> Value:
+        """A value that lasts when the network holds another: what lies in the weight's place is copied."""
+        arena = self.arena
+        if arena is None:
+            return value
+        in_place = {role for role, tensor in value.items() if arena.offset(tensor) is not None}
+        return {role: tensor.detach().clone() if role in in_place else tensor for role, tensor in value.items()}
+
     def set(self, value: Value) -> None:
-        """Make the network hold a value; one with memory of its own gets a copy."""
-        if self.fixed:
+        """Make the network hold a value; a weight that has a place gets a copy."""
+        if self.part is not None:
             here = self.value()
             if here.keys() == value.keys():
                 for role, tensor in value.items():
                     # what was read in place is there already
-                    if here[role].data_ptr() != tensor.data_ptr():
+                    if here[role] is not tensor:
                         here[role].copy_(tensor, non_blocking=True)
                 return
         if not self.packed:
@@ -91,7 +112,13 @@ class Slot:
     def give_dtype(self, dtype: torch.dtype) -> None:
         """Let a weight that was not read yet have the dtype that it is going to have, still without memory."""
         tensor = self.value().get("data")
-        if not self.packed and tensor is not None and tensor.is_meta and tensor.is_floating_point():
+        if (
+            not self.packed
+            and tensor is not None
+            and tensor.is_meta
+            and tensor.is_floating_point()
+            and tensor.dtype != dtype
+        ):
             set_tensor(self.owner, self.leaf, tensor.to(dtype))
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .ring import Chunk, Landing, Readers, Request, Target, target_of
+from .ring import Chunk, Landing, Readers, Request, Room, Target, target_of
 
-__all__ = ["Request", "read_staged"]
+__all__ = ["Request", "Room", "read_staged"]
 
 log = logging.getLogger("ltx2.loading")
 
@@ -25,7 +25,7 @@ _LOGGED_BYTES = 64 * 1024 * 1024
 # of tensors that share a piece of memory
 _ALIGNMENT = 16
 
-Allocate = Callable[[Request], Tensor | None]
+Allocate = Callable[[Request], Tensor | Room | None]
 
 
 def read_staged(
@@ -44,7 +44,7 @@ def read_staged(
 
     requests: taken one by one, at most ``ring.SLOTS`` chunks ahead of the tensor that is handed over.
     allocate: called with a request as it is taken; returns a contiguous tensor of its dtype and shape that the bytes go
-    to, on ``device`` or in host memory, or None for memory of their own.
+    to, on ``device`` or in host memory, or a Room with one, or None for memory of their own.
     on_bytes: called with the number of bytes read since its last call, between two tensors. stopped: polled, from other
     threads too. threads: how many read; by default as many as there are cores, 4 to 16.
 
@@ -150,7 +150,13 @@ def _in_one_piece(run: list[Request], size: int, target: Target) -> Iterator[Lan
             offset += info.size_bytes
 
 
-def _landing(request: Request, given: Tensor | None, target: Target) -> Landing:
+def _landing(request: Request, given: Tensor | Room | None, target: Target) -> Landing:
+    if isinstance(given, Room):
+        _check_given(request, given.tensor, target)
+        in_host_memory = target.is_host_memory(given.memory)
+        return Landing(
+            request, given.tensor, given.memory.numpy().data if in_host_memory else given.memory, given.offset
+        )
     with _normal():
         if given is None:
             tensor = target.empty(request.info.torch_shape, request.info.torch_dtype)

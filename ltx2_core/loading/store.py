@@ -29,7 +29,7 @@ from .lora.delta import add_deltas, factors
 from .lora.finite import FiniteCheck
 from .pristine import Pristine
 from .slot import BASE, Slot, State, Value, slots_of
-from .staged import Request, read_staged
+from .staged import Request, Room, read_staged
 
 log = logging.getLogger("ltx2.loading")
 
@@ -42,6 +42,8 @@ _SMALL_BYTES = 256 << 10
 _GROUP_BYTES = 256 << 20
 
 M = TypeVar("M", bound=nn.Module)
+# moves a module to an arena
+TakeMemory = Callable[[nn.Module], object]
 # whose tensor it is (the number of a change, None for the base), and its role
 Part = tuple[int | None, str]
 
@@ -76,7 +78,7 @@ class WeightStore:
     """Fills a module and keeps track of what its weights hold. All methods belong to one thread at a time.
 
     module: built on the meta device. sources: a file's weight for every parameter and persistent buffer.
-    device: where the network computes, and where its weights go unless they have memory of their own.
+    device: where the network computes, and where its weights go unless they have an arena.
     dtype: of floating-point weights that are not packed. keeps_packed: as in ``slots_of``.
     """
 
@@ -94,9 +96,13 @@ class WeightStore:
         self._branches: dict[str, _Branches] = {}
         self._check = FiniteCheck()
         self._slots = slots_of(module, sources, keeps_packed)
-        self._by_owner: dict[str, list[Slot]] = {}
+        # by the name of every module that they are in
+        self._inside: dict[str, list[Slot]] = {}
         for slot in self._slots:
-            self._by_owner.setdefault(slot.owner_name, []).append(slot)
+            for name in _modules_around(slot.name):
+                self._inside.setdefault(name, []).append(slot)
+        self._names = {id(part): name for name, part in module.named_modules()}
+        self._homes: dict[Slot, tuple[nn.Module, TakeMemory]] = {}
 
     @property
     def complete(self) -> bool:
@@ -105,7 +111,7 @@ class WeightStore:
 
     def full_bytes(self, part: nn.Module | None = None) -> int:
         """Bytes of the network, or of a part of it, when it is complete."""
-        return sum(slot.nbytes(self.dtype) for slot in (self._slots if part is None else self._inside(part)))
+        return sum(slot.nbytes(self.dtype) for slot in (self._slots if part is None else self._slots_in(part)))
 
     def bytes_on(self, device: torch.device) -> int:
         """Bytes held on a device, with what is kept for the way back. May be asked while another thread converges."""
@@ -114,21 +120,19 @@ class WeightStore:
         held |= {id(t): t for branches in list(self._branches.values()) for t in branches.tensors}
         return sum(t.nbytes for t in held.values() if t.device == device)
 
-    def give_memory(self, part: nn.Module, take: Callable[[nn.Module], object]) -> None:
-        """Have ``take`` move a part of the network to memory of its own, where its weights stay from now on."""
-        slots = self._inside(part)
+    def give_memory(self, part: nn.Module, take: TakeMemory) -> None:
+        """Have ``take`` move a part of the network to an arena, where its weights have their places from now on."""
+        slots = self._slots_in(part)
         for slot in slots:
             slot.give_dtype(self.dtype)
+            self._homes.pop(slot, None)
         take(part)
         for slot in slots:
-            slot.fixed = True
+            slot.part = part
 
-    def take_memory(self, part: nn.Module) -> None:
-        """The opposite of ``give_memory``: the weights move to memory of the device."""
-        for slot in self._inside(part):
-            slot.fixed = False
-            there = self.device if slot.state is not None else torch.device("meta")
-            slot.set({role: tensor.to(there, copy=True) for role, tensor in slot.value().items()})
+    def give_memory_later(self, part: nn.Module, take: TakeMemory) -> None:
+        """``give_memory`` when the first weight of a part is about to be read."""
+        self._homes.update((slot, (part, take)) for slot in self._slots_in(part))
 
     def touched(self, adapters: Adapters) -> tuple[int, bool]:
         """Bytes of the weights that LoRAs change, and whether low-rank branches could do all of it."""
@@ -218,6 +222,8 @@ class WeightStore:
 
     def _first_reading(self, wanted: Callable[[], Adapters]) -> Iterator[_Task]:
         for slot in self._slots:
+            if slot in self._homes:
+                self.give_memory(*self._homes[slot])
             if slot.state is None:
                 yield self._task(slot, changes_by_parameter(wanted()).get(slot.name, NO_CHANGES))
 
@@ -273,18 +279,18 @@ class WeightStore:
             branches = self._branches.get(name)
             return branches is None or branches.sources != task.changes.sources
         in_place = not goal.merged or (state is not None and state.merged == goal.merged)
-        return not in_place and self.pristine.merged(name, goal.merged) is None
+        return not in_place and not self.pristine.has_merged(name, goal.merged)
 
-    def _memory(self, request: Request) -> Tensor | None:
-        """The memory that a weight has already and that its bytes can be read into as they are."""
-        task, number, _ = request.tag
+    def _memory(self, request: Request) -> Room | None:
+        """The place of a weight whose bytes can be read there as they are."""
+        task, number, role = request.tag
         slot = task.slot
-        if number is not None or not slot.fixed or task.goal.merged or slot.source.weight.offset:
+        if number is not None or slot.part is None or task.goal.merged or slot.source.weight.offset:
             return None
         if not slot.packed and slot.source.weight.format != "plain":
             return None
-        tensor = slot.value().get(request.tag[2])
-        return tensor if tensor is not None and tensor.dtype == request.info.torch_dtype else None
+        room = slot.room(role)
+        return room if room is not None and room.tensor.dtype == request.info.torch_dtype else None
 
     # landing ----------------------------------------------------------------------------------------------------------
 
@@ -293,13 +299,17 @@ class WeightStore:
         if before is None or before.merged != goal.merged:
             base = self._base(task)
             if goal.merged:
-                value = self.pristine.merged(slot.name, goal.merged) or self._merge(task, base)
-                self.pristine.keep(slot.name, base)
+                value = self.pristine.take_merged(slot.name, goal.merged) or self._merge(task, base)
+                if self.pristine.policy == "pair":
+                    self.pristine.keep(slot.name, slot.apart(base))
             else:
                 value = base
-                if before is not None:
-                    self.pristine.put_aside(slot.name, before.merged, slot.value())
+                if before is not None and self.pristine.policy == "pair":
+                    self.pristine.put_aside(slot.name, before.merged, slot.apart(slot.value()))
             slot.set(value)
+            if not goal.merged:
+                # the network holds it itself
+                self.pristine.drop_base(slot.name)
         if goal.beside or (before is not None and before.beside):
             self._set_branches(task)
         slot.state = goal
@@ -360,7 +370,7 @@ class WeightStore:
         assert isinstance(linear.weight, nn.Parameter)
         new = PackedLinear(linear.weight, None, linear.bias)
         put(self.module, slot.owner_name, new)
-        for other in self._by_owner[slot.owner_name]:
+        for other in self._inside[slot.owner_name]:
             other.owner = new
         return new
 
@@ -371,9 +381,13 @@ class WeightStore:
             branches.append(LowRank(a.to(self.dtype), b.to(self.dtype), unit))
         return branches
 
-    def _inside(self, part: nn.Module) -> list[Slot]:
-        prefix = next(name for name, module in self.module.named_modules() if module is part)
-        return [slot for slot in self._slots if slot.name.startswith(f"{prefix}.")]
+    def _slots_in(self, part: nn.Module) -> list[Slot]:
+        return self._inside[self._names[id(part)]]
+
+
+def _modules_around(name: str) -> Iterator[str]:
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def _requests(tasks: Iterable[_Task]) -> Iterator[Request]:

@@ -13,13 +13,14 @@ from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning import state as tokens
 from ltx2_engine.ltx2_core.config.transformer import TransformerConfig
 from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
+from ltx2_engine.ltx2_core.loading.arena import Arena
 from ltx2_engine.ltx2_core.sampling.choice import SamplerChoice
 from ltx2_engine.ltx2_core.sampling.denoise import Denoiser
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
 from ltx2_engine.ltx2_core.sampling.noise import SamplerNoise
 from ltx2_engine.ltx2_core.sampling.samplers import SAMPLERS
 from ltx2_engine.ltx2_core.shapes import ClipShape
-from ltx2_engine.ltx2_core.streaming import Arena, BlockStream
+from ltx2_engine.ltx2_core.streaming import BlockStream
 from ltx2_engine.ltx2_core.tiny import tiny_config
 from ltx2_engine.ltx2_core.transformer.model import Transformer
 from torch import nn

@@ -34,7 +34,7 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is_with_one_warning(monkeypa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_memory_that_cannot_be_pinned_is_used_as_it_is(caplog):
     pinned._warn_pageable.cache_clear()
-    memory = pinned._pages(1 << 20)
+    memory = pinned.pages(1 << 20)
     assert pinned._pin(memory)
     assert not pinned._pin(memory), "pinned twice"
     assert not pinned._pin(memory)

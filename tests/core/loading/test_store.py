@@ -6,6 +6,7 @@ from ltx2_engine.kernels.packed import REPACKABLE, repack, unpack
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.host import Interrupted
 from ltx2_engine.ltx2_core.loading import store as store_module
+from ltx2_engine.ltx2_core.loading.arena import Arena
 from ltx2_engine.ltx2_core.loading.build import sources_of
 from ltx2_engine.ltx2_core.loading.changes import Adapter
 from ltx2_engine.ltx2_core.loading.checkpoint import CheckpointError, read_header
@@ -17,7 +18,6 @@ from ltx2_engine.ltx2_core.loading.store import WeightStore
 from ltx2_engine.ltx2_core.loading.weights import weights_of
 from ltx2_engine.ltx2_core.loading.write import write_checkpoint
 from ltx2_engine.ltx2_core.networks import build_on_meta
-from ltx2_engine.ltx2_core.streaming import Arena
 from ltx2_engine.ltx2_core.tiny import tiny_config, write_tiny_checkpoint
 from ltx2_engine.ltx2_core.tiny_lora import write_tiny_lora
 from ltx2_engine.ltx2_core.tiny_packed import write_tiny_packed
@@ -268,21 +268,41 @@ def test_every_algebra_comes_off_again(store, adapter, kind, format):
     assert same(converge(made), base)
 
 
+@pytest.mark.parametrize("policy", ["pair", "file"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_blocks_with_memory_of_their_own_hold_the_same_bits(store, adapter, format):
-    want = [converge(store(format)), converge(store(format, "file"), adapter())]
-    made = store(format, "file")
-    made.give_memory(made.module.blocks[1], Arena.of)
-    arena = Arena.of(made.module.blocks[1])
-    assert same(converge(made), want[0])
-    assert same(converge(made, adapter()), want[1])
-    assert same(converge(made), want[0])
-    inside = arena.memory.data_ptr(), arena.memory.data_ptr() + arena.size_bytes
-    block = made.module.blocks[1]
-    plain = [tensor for name, tensor in block.state_dict().items() if ".branches." not in name]
-    assert all(inside[0] <= tensor.data_ptr() < inside[1] for tensor in plain)
-    made.take_memory(block)
-    assert same(held(made), want[0])
+def test_blocks_in_arenas_hold_the_same_bits_in_their_places(store, adapter, format, policy):
+    low, half = adapter(), adapter("lora", 0.5)
+    want = {one: converge(store(format, "file"), *one) for one in ((), (low,), (half,))}
+    made = store(format, policy)
+    blocks = made.module.blocks
+    made.give_memory(blocks[0], Arena.of)
+    made.give_memory_later(blocks[1], Arena.of)
+    assert all(tensor.is_meta for tensor in blocks[1].parameters()), "it took memory before it was read"
+    for loras in ((), (low,), (half,), (), (low,), ()):
+        got = converge(made, *loras)
+        assert got.keys() == want[loras].keys()
+        assert [name for name in got if not torch.equal(bits(got[name]), bits(want[loras][name]))] == []
+        for block in blocks:
+            arena = Arena.of(block)
+            inside = arena.memory.data_ptr(), arena.memory.data_ptr() + arena.size_bytes
+            plain = [tensor for name, tensor in block.state_dict().items() if ".branches." not in name]
+            assert all(inside[0] <= tensor.data_ptr() < inside[1] for tensor in plain)
+    made.give_memory(blocks[1], lambda block: Arena.of(block, pin=False))
+    assert same(held(made), want[()])
+
+
+def test_a_pair_in_arenas_takes_the_memory_of_two(store, adapter):
+    made = store("bf16", "pair")
+    for block in made.module.blocks:
+        made.give_memory(block, Arena.of)
+    alone = 0
+    for loras in ((), (adapter(),), (adapter("lora", 0.5),), (), (adapter("lora", 0.5),), ()):
+        converge(made, *loras)
+        alone = alone or made.bytes_on(CPU)
+        touched = made.touched((adapter(),))[0]
+        assert made.bytes_on(CPU) - alone == (touched if made.pristine._base or made.pristine._merged else 0)
+    assert touched > 0
+    assert made.pristine._merged
 
 
 def test_stopping_and_going_on(store, adapter):
