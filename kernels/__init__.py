@@ -9,6 +9,7 @@ from .head_gate import head_gate
 from .precision import wide
 from .quantize import gelu_quantize, quantize_rows
 from .quantized import Quantized
+from .res2s_update import res2s_update
 from .residual_norm_modulate import residual_norm_modulate
 from .rms_modulate import rms_modulate
 from .rotary import apply_split_rotary, norm_rotary, qk_norm_rotary
@@ -25,6 +26,7 @@ __all__ = [
     "norm_rotary",
     "qk_norm_rotary",
     "quantize_rows",
+    "res2s_update",
     "residual_norm_modulate",
     "rms_modulate",
     "wide",
