@@ -3,9 +3,11 @@
 Some have a twin, a fused Triton kernel with the same result (``dispatch.py``, docs/kernels.md).
 """
 
+from .depth_to_space import depth_to_space
 from .gate_residual import gate_residual
 from .guidance_combine import guidance_combine
 from .head_gate import head_gate
+from .pixel_norm_silu import pixel_norm_silu
 from .precision import wide
 from .quantize import gelu_quantize, quantize_rows
 from .quantized import Quantized
@@ -19,11 +21,13 @@ __all__ = [
     "Quantized",
     "Rows",
     "apply_split_rotary",
+    "depth_to_space",
     "gate_residual",
     "gelu_quantize",
     "guidance_combine",
     "head_gate",
     "norm_rotary",
+    "pixel_norm_silu",
     "qk_norm_rotary",
     "quantize_rows",
     "res2s_update",
