@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from .contract import CLOSE
+from .dispatch import HALF, demand, demand_like, operation
 from .precision import wide
 
+_SAMPLE = 256
 
+
+def _twin() -> Callable:
+    from .guidance_combine_triton import guidance_combine
+
+    return guidance_combine
+
+
+def _fit(
+    cond: Tensor,
+    uncond: Tensor | None,
+    perturbed: Tensor | None,
+    isolated: Tensor | None,
+    *,
+    cfg: float,
+    stg: float,
+    modality: float,
+    rescale: float,
+) -> Hashable:
+    passes = (cond, uncond, perturbed, isolated)
+    demand_like(*passes)  # type: ignore[arg-type]
+    demand(all(p is None or (p.shape == cond.shape and p.is_contiguous()) for p in passes), "passes not contiguous")
+    demand(cond.numel() > 0, "empty")
+    return tuple(p is None for p in passes), rescale != 0
+
+
+def _sample(*passes: Tensor | None, **strengths: Any) -> tuple[tuple, dict]:
+    return tuple(None if p is None else p[:, :_SAMPLE].contiguous() for p in passes), strengths
+
+
+@operation(twin=_twin, fit=_fit, sample=_sample, contract=CLOSE, dtypes=(*HALF, torch.float32))
 def guidance_combine(
     cond: Tensor,
     uncond: Tensor | None,

@@ -73,6 +73,11 @@ def unit_of(module: str) -> str:
     return max((unit for unit in MAY_IMPORT if within(module, {unit})), key=len)
 
 
+def holds_kernels(module: str) -> bool:
+    """Whether the module holds kernels in Triton's language."""
+    return within(module, {"kernels"}) and module.endswith("_triton")
+
+
 def relative_imports(path: Path, tree: ast.AST) -> set[str]:
     """Modules of the pack that the source imports."""
     here = path.relative_to(ROOT).with_suffix("").parts
@@ -133,13 +138,18 @@ def violations(path: Path, source: str) -> list[str]:
         f"{name}: {BANNED[banned]} is not for the pack"
         for name in sorted(outside | used)
         for banned in BANNED
-        if within(name, {banned})
+        if within(name, {banned}) and not (banned == "triton" and holds_kernels(module))
     ]
     own = {name for name in outside if within(name, {*FOLDERS, "ltx2_engine"})}
     if module not in ("__init__", "cli"):  # they make the package before it can be imported
         found += [f"{name}: the pack imports itself relatively" for name in sorted(own)]
     top = at_module_level(ast.parse(source))
     loaded = absolute_imports(top)
+    if not holds_kernels(module):
+        # without Triton the pack works all the same
+        found += [
+            f"{name}: kernels are imported in functions" for name in relative_imports(path, top) if holds_kernels(name)
+        ]
     hosts = {name for name in outside if within(name, COMFYUI)} if unit != "cli" else set()
     if module == "nodes.host":
         hosts &= loaded
@@ -194,7 +204,13 @@ def test_file_keeps_the_layout(path):
         ("ltx2_core/x.py", "import multiprocessing.shared_memory", "multiprocessing.shared_memory: processes"),
         ("ltx2_core/x.py", "import torch.distributed as dist", "torch.distributed: process groups"),
         ("ltx2_core/x.py", "import torch\ntorch.distributed.get_rank()", "torch.distributed: process groups"),
-        ("kernels/x_triton.py", "import triton.language as tl", "triton.language: Triton"),
+        ("kernels/x.py", "import triton.language as tl", "triton.language: Triton"),
+        ("ltx2_core/x_triton.py", "import triton", "triton: Triton"),
+        (
+            "kernels/x.py",
+            "from .rotary_triton import launch",
+            "kernels.rotary_triton: kernels are imported in functions",
+        ),
     ],
 )
 def test_planted_violations_are_caught(place, source, message):
@@ -204,6 +220,11 @@ def test_planted_violations_are_caught(place, source, message):
 def test_functions_of_the_host_may_import_comfyui():
     source = "from __future__ import annotations\ndef f():\n    import folder_paths\n    import torch\n"
     assert violations(ROOT / "nodes" / "host.py", source) == []
+
+
+def test_files_of_kernels_may_import_triton_and_functions_may_import_them():
+    assert violations(ROOT / "kernels" / "x_triton.py", "import triton\nfrom .rotary_triton import launch") == []
+    assert violations(ROOT / "kernels" / "x.py", "def f():\n    from .rotary_triton import launch") == []
 
 
 def test_every_unit_of_the_table_exists():

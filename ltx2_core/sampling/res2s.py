@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from ...kernels import res2s_update
 from ..av import AV
 from .choice import SamplerChoice
 from .noise import SamplerNoise, finest_dtype
@@ -156,9 +157,16 @@ def sde_step(
         return target.to(x.dtype)
     assert noise is not None
     weights = SdeWeights.of(sigma_next, eta)
-    direction = (x - target) / (sigma - sigma_next)
-    clean = x - sigma * direction
-    return weights.alpha_ratio * (clean + weights.sigma_down * direction) + weights.fresh * noise.to(x.dtype)
+    return res2s_update(
+        x,
+        target,
+        noise,
+        sigma=sigma,
+        sigma_next=sigma_next,
+        sigma_down=weights.sigma_down,
+        alpha_ratio=weights.alpha_ratio,
+        fresh=weights.fresh,
+    )
 
 
 def _widest(x: Tensor) -> Tensor:

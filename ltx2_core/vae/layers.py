@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels import depth_to_space, pixel_norm_silu
 from ..config.video_vae import PaddingMode, ResampleConfig
 from .video_streaming import Layer, Memory
 
+Write = Callable[[Tensor, Tensor], object]
+"""(x, out): store in ``out`` what a convolution shall see of ``x``."""
+
 # cuDNN and PyTorch index convolutions with 32 bits
 MAX_CONV_ELEMENTS = 2**31 - 1
-
-Modulation = tuple[Tensor, Tensor]
-"""(shift, scale), each [B, C, 1, 1, 1]."""
 
 
 def patchify(pixels: Tensor, patch: int) -> Tensor:
@@ -42,28 +43,6 @@ def space_to_depth(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
     return x.reshape(n, channels * st * sh * sw, t // st, h // sh, w // sw)
 
 
-def depth_to_space(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
-    """The inverse of ``space_to_depth``."""
-    n, channels, t, h, w = x.shape
-    st, sh, sw = stride
-    x = x.reshape(n, channels // (st * sh * sw), st, sh, sw, t, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(n, channels // (st * sh * sw), t * st, h * sh, w * sw)
-
-
-def pixel_norm_silu(x: Tensor, out: Tensor, modulation: Modulation | None = None) -> None:
-    """Write SiLU(x / rms(x) * (1 + scale) + shift) to ``out``, the root mean square taken over channels.
-
-    Every operation rounds to the activation's dtype, as in the released implementation.
-    Writes in place, so it runs without gradients only.
-    """
-    rms = x.square().mean(dim=1, keepdim=True).add_(1e-8).sqrt_()
-    torch.div(x, rms, out=out)
-    if modulation is not None:
-        shift, scale = modulation
-        out.mul_(1 + scale).add_(shift)
-    F.silu(out, inplace=True)
-
-
 def _copy(x: Tensor, out: Tensor) -> None:
     out.copy_(x)
 
@@ -80,10 +59,10 @@ class TimeConv3d(nn.Module):
         self.causal = causal
         self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=(0, 1, 1), padding_mode=padding_mode)
 
-    def forward(self, x: Tensor, memory: Memory, last: bool, write: Callable[[Tensor, Tensor], None] = _copy) -> Tensor:
+    def forward(self, x: Tensor, memory: Memory, last: bool, write: Write = _copy) -> Tensor:
         """Convolve the next piece.
 
-        write: (x, out) -> None stores what the convolution shall see of ``x``; pointwise along time. It goes straight
+        write: pointwise along time. It goes straight
         into the padded buffer, which saves a pass over the activation.
         """
         b, c, t, h, w = x.shape
@@ -127,8 +106,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory, last: bool, time_embedding: Tensor | None = None) -> Tensor:
         """time_embedding: [B, 4 * C] for a modulated block, else None."""
-        first: Callable[[Tensor, Tensor], None] = pixel_norm_silu
-        second: Callable[[Tensor, Tensor], None] = pixel_norm_silu
+        first: Write = pixel_norm_silu
+        second: Write = pixel_norm_silu
         if self.scale_shift_table is not None:
             assert time_embedding is not None
             rows = modulation_rows(self.scale_shift_table, time_embedding)
@@ -196,11 +175,7 @@ class Upsample(nn.Module):
         stride = self.config.stride
         y = self.conv(x, memory, last)
         source = memory.delay(self, x, y.shape[2], last) if self.config.residual else None
-        y = depth_to_space(y, stride)
-        if source is not None:
-            skip = depth_to_space(source, stride)
-            # the skip's channels repeat as a block: output channel c takes skip channel c mod skip channels
-            y.unflatten(1, (-1, skip.shape[1])).add_(skip.unsqueeze(1))
+        y = depth_to_space(y, stride, source)
         if stride[0] == 2 and y.shape[2] and memory.first(self):
             y = y[:, :, 1:]
         return y

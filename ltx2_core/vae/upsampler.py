@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels import depth_to_space
 from ..config.upsampler import NORM_GROUPS, UpsamplerConfig
-from .layers import PerChannelStatistics, depth_to_space
+from .layers import PerChannelStatistics
 
 
 def upsample(

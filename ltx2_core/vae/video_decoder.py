@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ...kernels import pixel_norm_silu
 from ..config.video_vae import ResStackConfig, VideoDecoderConfig
 from .layers import (
     PerChannelStatistics,
@@ -16,8 +17,8 @@ from .layers import (
     TimeConv3d,
     TimeEmbedder,
     Upsample,
+    Write,
     modulation_rows,
-    pixel_norm_silu,
     unpatchify,
 )
 from .video_memory import decoder_costs
@@ -103,7 +104,7 @@ class VideoDecoder(nn.Module):
     def steps(self, decode_timestep: float = DECODE_TIMESTEP) -> list[Step]:
         """The layers for ``flow``, from prepared latents to pixels, bound to one decode timestep."""
         layers: list[Layer] = [self.conv_in]
-        tail_write: Callable[[Tensor, Tensor], None] = pixel_norm_silu
+        tail_write: Write = pixel_norm_silu
         if self.config.timestep_conditioning:
             time = self._time(decode_timestep)
             for block in self.up_blocks:
@@ -122,7 +123,7 @@ class VideoDecoder(nn.Module):
         multiplier = self.timestep_scale_multiplier
         return torch.full((1,), decode_timestep, dtype=multiplier.dtype, device=multiplier.device) * multiplier
 
-    def _tail(self, x: Tensor, memory: Memory, last: bool, write: Callable[[Tensor, Tensor], None]) -> Tensor:
+    def _tail(self, x: Tensor, memory: Memory, last: bool, write: Write) -> Tensor:
         return unpatchify(self.conv_out(x, memory, last, write), self.config.patch_size)
 
     def _check(self, latents: Tensor) -> None:

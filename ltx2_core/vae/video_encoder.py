@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ...kernels import pixel_norm_silu
 from ..config.video_vae import ResStackConfig, VideoEncoderConfig
-from .layers import Downsample, PerChannelStatistics, ResStack, TimeConv3d, patchify, pixel_norm_silu
+from .layers import Downsample, PerChannelStatistics, ResStack, TimeConv3d, patchify
 from .video_streaming import Layer, Memory, Step, flow, with_last
 
 

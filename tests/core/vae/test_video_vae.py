@@ -8,6 +8,7 @@ import pathlib
 
 import pytest
 import torch
+from ltx2_engine.kernels import depth_to_space, pixel_norm_silu
 from ltx2_engine.ltx2_core.config.video_vae import VideoVAEConfig
 from ltx2_engine.ltx2_core.testing import assert_close
 from ltx2_engine.ltx2_core.vae import layers
@@ -208,7 +209,7 @@ def test_convolution_in_parts_below_the_index_limit_equals_one_call(monkeypatch:
 def test_space_to_depth_and_patchify_are_inverted():
     x = random(2, 3, 4, 8, 12)
     for stride in ((1, 2, 2), (2, 1, 1), (2, 2, 2)):
-        assert torch.equal(layers.depth_to_space(layers.space_to_depth(x, stride), stride), x)
+        assert torch.equal(depth_to_space(layers.space_to_depth(x, stride), stride), x)
     assert torch.equal(layers.unpatchify(layers.patchify(x, 4), 4), x)
 
 
@@ -265,7 +266,7 @@ def test_pixel_norm_rounds_after_every_operation_in_bf16():
     x = random(2, 64, 3, 4, 4).bfloat16()
     shift, scale = random(2, 64, 1, 1, 1).bfloat16(), random(2, 64, 1, 1, 1, seed=2).bfloat16()
     out = torch.empty_like(x)
-    layers.pixel_norm_silu(x, out, (shift, scale))
+    pixel_norm_silu(x, out, (shift, scale))
     mean = (x.float() ** 2).bfloat16().float().mean(1, keepdim=True).bfloat16()
     rms = (mean.float() + 1e-8).bfloat16().float().sqrt().bfloat16()
     y = (x.float() / rms.float()).bfloat16()

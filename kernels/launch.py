@@ -1,0 +1,18 @@
+"""Launch parameters of the kernels, as data: nothing is tuned at run time, so every process and every run launches alike."""
+
+from __future__ import annotations
+
+# elements that one program holds -> warps, which gives a thread 8 to 32 of them. Measured on an H200: 8 warps for 4096.
+# The same for every capability from 8.0 on, since row kernels are bound by memory.
+_WARPS = ((512, 1), (1024, 2), (2048, 4), (8192, 8))
+_MOST_WARPS = 16
+
+
+def warps(elements: int) -> int:
+    """Warps of a program that holds that many elements at once."""
+    return next((count for most, count in _WARPS if elements <= most), _MOST_WARPS)
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()

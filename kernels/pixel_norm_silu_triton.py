@@ -1,0 +1,142 @@
+"""``pixel_norm_silu``: a program holds some pixels and goes twice over their channels, the second time from the cache."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device_triton import between, exp, rounded
+from .dispatch import opaque
+from .pixel_norm_silu import EPS
+
+# pixels side by side fill a cache line; with 32 channels a thread of 4 warps holds 16 numbers
+_PIXELS = 64
+_CHANNELS = 32
+_WARPS = 4
+
+
+@triton.jit(do_not_specialize=["frames", "height", "blocks"])
+def pixel_norm_silu_kernel(
+    p_x,
+    x_batch,
+    x_channel,
+    x_frame,
+    x_row,
+    x_column,
+    p_out,
+    out_batch,
+    out_channel,
+    out_frame,
+    out_row,
+    out_column,
+    p_shift,
+    shift_batch,
+    shift_channel,
+    p_scale,
+    scale_batch,
+    scale_channel,
+    frames,
+    height,
+    width,
+    blocks,
+    eps,
+    FAST: tl.constexpr,
+    ALL_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    DTYPE: tl.constexpr = p_x.dtype.element_ty
+    o_program = tl.program_id(0).to(tl.int64)
+    o_line = o_program // blocks
+    o_row = o_line % height
+    o_frame = (o_line // height) % frames
+    o_batch = o_line // height // frames
+    o_columns = (o_program % blocks) * PIXELS + tl.arange(0, PIXELS)[None, :]
+    o_channels = tl.arange(0, CHANNELS)[:, None].to(tl.int64)
+    inside = o_columns < width
+    p_from = p_x + o_batch * x_batch + o_frame * x_frame + o_row * x_row + o_columns * x_column
+    p_to = p_out + o_batch * out_batch + o_frame * out_frame + o_row * out_row + o_columns * out_column
+
+    b_sum = tl.zeros((CHANNELS, PIXELS), tl.float32)
+    for start in range(0, ALL_CHANNELS, CHANNELS):
+        here = inside & (start + o_channels < ALL_CHANNELS)
+        b_x = tl.load(p_from + (start + o_channels) * x_channel, mask=here, other=0.0).to(tl.float32)
+        b_sum += between(b_x * b_x, DTYPE, FAST)
+    b_mean = between(tl.sum(b_sum, axis=0) * (1.0 / ALL_CHANNELS), DTYPE, FAST)
+    b_mean = between(b_mean + tl.cast(eps, tl.float32), DTYPE, FAST)
+    b_rms = between(tl.sqrt_rn(b_mean), DTYPE, FAST)[None, :]
+
+    for start in range(0, ALL_CHANNELS, CHANNELS):
+        o_here = start + o_channels
+        here = inside & (o_here < ALL_CHANNELS)
+        b_x = tl.load(p_from + o_here * x_channel, mask=here, other=0.0).to(tl.float32)
+        b_y = between(tl.div_rn(b_x, b_rms), DTYPE, FAST)
+        if p_scale is not None:
+            known = o_here < ALL_CHANNELS
+            b_scale = tl.load(p_scale + o_batch * scale_batch + o_here * scale_channel, mask=known, other=0.0)
+            b_shift = tl.load(p_shift + o_batch * shift_batch + o_here * shift_channel, mask=known, other=0.0)
+            b_y = between(b_y * between(1.0 + b_scale.to(tl.float32), DTYPE, FAST), DTYPE, FAST)
+            b_y = between(b_y + b_shift.to(tl.float32), DTYPE, FAST)
+        b_y = rounded(tl.div_rn(b_y, 1.0 + exp(-b_y)), DTYPE)
+        tl.store(p_to + o_here * out_channel, b_y.to(DTYPE), mask=here)
+
+
+def _nothing(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, fast: bool) -> None:
+    pass
+
+
+@opaque("pixel_norm_silu", _nothing, mutates=("out",))
+def launch(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, fast: bool) -> None:
+    batch, channels = x.shape[:2]
+    sizes, x_strides, out_strides = _merged(x, out)
+    blocks = -(-sizes[2] // _PIXELS)
+    pixel_norm_silu_kernel[(batch * sizes[0] * sizes[1] * blocks,)](
+        x,
+        *x.stride()[:2],
+        *x_strides,
+        out,
+        *out.stride()[:2],
+        *out_strides,
+        shift,
+        *_vector_strides(shift),
+        scale,
+        *_vector_strides(scale),
+        *sizes,
+        blocks,
+        eps,
+        FAST=fast,
+        ALL_CHANNELS=channels,
+        CHANNELS=_CHANNELS,
+        PIXELS=_PIXELS,
+        num_warps=_WARPS,
+        num_stages=1,
+    )
+
+
+def _merged(x: Tensor, out: Tensor) -> tuple[list[int], list[int], list[int]]:
+    """Sizes, and strides of both, of frames, rows and columns; axes that follow each other in memory become one.
+
+    A line of a program's pixels then ends at the end of a picture or clip, not of every row.
+    """
+    sizes, *strides = [list(values[2:]) for values in (x.shape, x.stride(), out.stride())]
+    for outer in (1, 0):
+        follows = all(stride[outer] == stride[2] * sizes[2] for stride in strides)
+        if follows and (outer == 1 or sizes[1] == 1):
+            sizes[2] *= sizes[outer]
+            sizes[outer] = 1
+    return sizes, *strides
+
+
+def _vector_strides(vector: Tensor | None) -> tuple[int, int]:
+    if vector is None:
+        return 0, 0
+    return (0 if vector.shape[0] == 1 else vector.stride(0)), vector.stride(1)
+
+
+def pixel_norm_silu(
+    x: Tensor, out: Tensor, modulation: tuple[Tensor, Tensor] | None = None, *, fast: bool = False
+) -> Tensor:
+    shift, scale = (None, None) if modulation is None else modulation
+    launch(x, out, shift, scale, EPS, fast)
+    return out

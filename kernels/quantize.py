@@ -1,0 +1,65 @@
+"""Rows of activations in eight-bit floating point, each with a scale of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .contract import CLOSE, EXACT
+from .dispatch import demand, demand_like, operation
+from .quantized import Quantized
+
+LARGEST = 448.0
+SMALLEST_SCALE = 1e-12
+WIDEST = 32768
+_SAMPLE = 256
+
+
+def _twin_of_quantize() -> Callable:
+    from .quantize_triton import quantize_rows
+
+    return quantize_rows
+
+
+def _twin_of_gelu() -> Callable:
+    from .quantize_triton import gelu_quantize
+
+    return gelu_quantize
+
+
+def _fit(x: Tensor, *, fast: bool = False) -> Hashable:
+    demand(x.dim() > 0 and x.numel() > 0, "empty")
+    demand(x.shape[-1] <= WIDEST, "shape")
+    demand(x.is_contiguous(), "rows not contiguous")
+    demand_like(x)
+    return x.shape[-1], fast
+
+
+def _sample(x: Tensor, *, fast: bool = False) -> tuple[tuple, dict]:
+    rows = math.prod(x.shape[:-1])
+    return (x.reshape(rows, -1)[:_SAMPLE],), {"fast": fast}
+
+
+@operation(twin=_twin_of_quantize, fit=_fit, sample=_sample, contract=EXACT)
+def quantize_rows(x: Tensor, *, fast: bool = False) -> Quantized:
+    """x [..., C] as eight-bit floats with one scale for each row: q = e4m3(clamp(x / s, +-448)), s = max(|x|) / 448.
+
+    The scale is at least 1e-12. Both divisions and the cast round to nearest. A row with a NaN becomes one of NaN.
+    ``fast`` changes nothing.
+    """
+    numbers = x.to(torch.float32)
+    peak = numbers.abs().amax(-1, keepdim=True)
+    # a tensor as divisor: CUDA multiplies by the inverse of a number
+    scale = (peak / peak.new_full((), LARGEST)).clamp_min(SMALLEST_SCALE)
+    # the cast saturates on some devices only
+    return Quantized((numbers / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale)
+
+
+@operation(twin=_twin_of_gelu, fit=_fit, sample=_sample, contract=CLOSE)
+def gelu_quantize(x: Tensor, *, fast: bool = False) -> Quantized:
+    """GELU (tanh form) of x [..., C], rounded to x's dtype, as ``quantize_rows`` gives it. ``fast`` changes nothing."""
+    return quantize_rows.definition(F.gelu(x, approximate="tanh"))
