@@ -4,7 +4,9 @@ Some have a twin, a fused Triton kernel with the same result (``dispatch.py``, d
 """
 
 from .depth_to_space import depth_to_space
+from .fp8_linear import fp8_linear
 from .gate_residual import gate_residual
+from .gelu_linear import gelu_linear
 from .guidance_combine import guidance_combine
 from .head_gate import head_gate
 from .pixel_norm_silu import pixel_norm_silu
@@ -22,7 +24,9 @@ __all__ = [
     "Rows",
     "apply_split_rotary",
     "depth_to_space",
+    "fp8_linear",
     "gate_residual",
+    "gelu_linear",
     "gelu_quantize",
     "guidance_combine",
     "head_gate",

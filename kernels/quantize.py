@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contract import CLOSE, EXACT
-from .dispatch import demand, demand_like, operation
+from .dispatch import demand, operation
 from .quantized import Quantized
 
 LARGEST = 448.0
@@ -31,30 +31,35 @@ def _twin_of_gelu() -> Callable:
     return gelu_quantize
 
 
-def _fit(x: Tensor, *, fast: bool = False) -> Hashable:
+def _fit(x: Tensor, scale: Tensor | None = None, *, fast: bool = False) -> Hashable:
     demand(x.dim() > 0 and x.numel() > 0, "empty")
     demand(x.shape[-1] <= WIDEST, "shape")
     demand(x.is_contiguous(), "rows not contiguous")
-    demand_like(x)
-    return x.shape[-1], fast
+    if scale is not None:
+        demand(scale.dtype == torch.float32 and scale.numel() == 1, "scale of the input")
+        demand(scale.device == x.device, "mixed devices")
+    return x.shape[-1], scale is None
 
 
-def _sample(x: Tensor, *, fast: bool = False) -> tuple[tuple, dict]:
+def _sample(x: Tensor, scale: Tensor | None = None, *, fast: bool = False) -> tuple[tuple, dict]:
     rows = math.prod(x.shape[:-1])
-    return (x.reshape(rows, -1)[:_SAMPLE],), {"fast": fast}
+    few = x.reshape(rows, -1)[:_SAMPLE]
+    return ((few,) if scale is None else (few, scale)), {"fast": fast}
 
 
 @operation(twin=_twin_of_quantize, fit=_fit, sample=_sample, contract=EXACT)
-def quantize_rows(x: Tensor, *, fast: bool = False) -> Quantized:
+def quantize_rows(x: Tensor, scale: Tensor | None = None, *, fast: bool = False) -> Quantized:
     """x [..., C] as eight-bit floats with one scale for each row: q = e4m3(clamp(x / s, +-448)), s = max(|x|) / 448.
 
-    The scale is at least 1e-12. Both divisions and the cast round to nearest. A row with a NaN becomes one of NaN.
-    ``fast`` changes nothing.
+    The row's scale is at least 1e-12. scale: one float32 element, taken for all rows instead (a checkpoint's
+    ``input_scale``). Divisions and cast round to nearest. A row with a NaN becomes one of NaN (with a given scale only
+    the NaN itself). ``fast`` changes nothing.
     """
     numbers = x.to(torch.float32)
-    peak = numbers.abs().amax(-1, keepdim=True)
-    # a tensor as divisor: CUDA multiplies by the inverse of a number
-    scale = (peak / peak.new_full((), LARGEST)).clamp_min(SMALLEST_SCALE)
+    if scale is None:
+        peak = numbers.abs().amax(-1, keepdim=True)
+        # a tensor as divisor: CUDA multiplies by the inverse of a number
+        scale = (peak / peak.new_full((), LARGEST)).clamp_min(SMALLEST_SCALE)
     # the cast saturates on some devices only
     return Quantized((numbers / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale)
 

@@ -14,37 +14,50 @@ from .quantized import Quantized
 
 
 @triton.jit
-def quantize_rows_kernel(p_x, p_data, p_scale, GELU: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_rows_kernel(p_x, p_given, p_data, p_scale, GELU: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     o_row = tl.program_id(0).to(tl.int64)
     o_columns = tl.arange(0, BLOCK)
     b_x = load_row(p_x + o_row * WIDTH, o_columns, WIDTH, BLOCK)
     if GELU:
         b_x = rounded(gelu_tanh(b_x), DTYPE)
-    scale = e4m3_scale(tl.max(magnitude_bits(b_x), axis=0))
-    tl.store(p_scale + o_row, scale)
+    if p_given is not None:
+        scale = tl.load(p_given)
+    else:
+        scale = e4m3_scale(tl.max(magnitude_bits(b_x), axis=0))
+        tl.store(p_scale + o_row, scale)
     store_row(p_data + o_row * WIDTH, o_columns, e4m3(b_x, scale), WIDTH, BLOCK)
 
 
-def _results(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+def _results(x: Tensor, given: Tensor | None, gelu: bool) -> list[Tensor]:
+    """Numbers, and their scales unless those are given."""
     data = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    return data, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return [data] if given is not None else [data, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)]
 
 
 @opaque("quantize_rows", _results)
-def launch(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    data, scale = _results(x, gelu)
+def launch(x: Tensor, given: Tensor | None, gelu: bool) -> list[Tensor]:
+    made = _results(x, given, gelu)
     width = x.shape[-1]
     block = next_power_of_two(width)
     quantize_rows_kernel[(x.numel() // width,)](
-        x, data.view(torch.uint8), scale, GELU=gelu, WIDTH=width, BLOCK=block, num_warps=warps(block), num_stages=1
+        x,
+        given,
+        made[0].view(torch.uint8),
+        None if given is not None else made[1],
+        GELU=gelu,
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=warps(block),
+        num_stages=1,
     )
-    return data, scale
+    return made
 
 
-def quantize_rows(x: Tensor, *, fast: bool = False) -> Quantized:
-    return Quantized(*launch(x, False))
+def quantize_rows(x: Tensor, scale: Tensor | None = None, *, fast: bool = False) -> Quantized:
+    data, *own = launch(x, scale, False)
+    return Quantized(data, *own) if scale is None else Quantized(data, scale)
 
 
 def gelu_quantize(x: Tensor, *, fast: bool = False) -> Quantized:
-    return Quantized(*launch(x, True))
+    return Quantized(*launch(x, None, True))

@@ -39,6 +39,15 @@ def test_special_rows(agree, randn):
     assert got.data[1].float().isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_given_scale(agree, randn, shape):
+    x, scale = randn(4, 64) * 10, torch.full(shape, 0.037)
+    x[1, 2], x[2, 3] = float("nan"), float("inf")
+    got = agree(quantize_rows, x, scale.to(x.device))
+    assert got.scale.shape == shape
+    assert int(got.data.float().isnan().sum()) == 1
+
+
 def test_rows_are_near_what_they_stand_for(randn, device):
     x = randn(4, 64)
     got = quantize_rows(x)
@@ -50,7 +59,7 @@ def test_operator(randn, device):
 
     torch.library.opcheck(
         launch.registered,
-        (randn(3, 64), True),
+        (randn(3, 64), None, True),
         # the comparison of values does not know eight-bit floats
         test_utils=("test_schema", "test_faketensor"),
     )

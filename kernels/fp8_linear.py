@@ -1,0 +1,72 @@
+"""A linear layer on eight-bit floats."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .quantize import quantize_rows
+from .quantized import Quantized
+
+# what the matrix units take
+OLDEST = (8, 9)
+MULTIPLE = 16
+
+
+def fp8_linear(
+    x: Quantized | Tensor,
+    weight: Quantized,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    input_scale: Tensor | None = None,
+) -> Tensor:
+    """``x @ weight^T + bias`` from eight-bit factors: sum(q_x q_w) s_x s_w, rounded to ``out_dtype``, then the bias.
+
+    x: [..., in], quantised already, or in another dtype: then its rows are quantised here, with ``input_scale`` (one
+    float32 element) where the checkpoint has one. weight: data [out, in]; scale [out, 1] or one element. Returns
+    [..., out].
+
+    Products run on eight-bit matrix units where there are some (capability 8.9) and both widths are multiples of 16, else
+    in float32 on what the numbers stand for.
+    """
+    if isinstance(x, Tensor):
+        x = quantize_rows(x.contiguous(), input_scale)
+    compute = _multiplied if _takes(x, weight, out_dtype) else dequantized_linear
+    out = compute(x, weight, out_dtype)
+    return out if bias is None else out + bias.to(out_dtype)
+
+
+def dequantized_linear(x: Quantized, weight: Quantized, out_dtype: torch.dtype) -> Tensor:
+    """The definition, without the bias: the product of what the numbers stand for, in float32."""
+    return F.linear(x.data.float() * x.scale, weight.data.float() * weight.scale).to(out_dtype)
+
+
+def _takes(x: Quantized, weight: Quantized, out_dtype: torch.dtype) -> bool:
+    data = x.data
+    if not (data.is_cuda and data.numel() > 0 and torch.version.hip is None):
+        return False
+    if torch.cuda.get_device_capability(data.device) < OLDEST:
+        return False
+    # a scale for each row is multiplied in for results in bfloat16 only
+    whole = x.scale.numel() == 1 and weight.scale.numel() == 1
+    return (
+        all(width % MULTIPLE == 0 for width in weight.data.shape)
+        and weight.data.is_contiguous()
+        and data.dtype == weight.data.dtype == torch.float8_e4m3fn
+        and (out_dtype == torch.bfloat16 or (whole and out_dtype == torch.float16))
+    )
+
+
+def _multiplied(x: Quantized, weight: Quantized, out_dtype: torch.dtype) -> Tensor:
+    rows, columns = x.data.flatten(0, -2).contiguous(), weight.data.shape[0]
+    row_scale, column_scale = x.scale.float(), weight.scale.float()
+    if row_scale.numel() == 1 and column_scale.numel() == 1:
+        row_scale, column_scale = row_scale.reshape(()), column_scale.reshape(())
+    else:
+        row_scale = row_scale.reshape(-1, 1).expand(rows.shape[0], 1).contiguous()
+        column_scale = column_scale.reshape(1, -1).expand(1, columns).contiguous()
+    out = torch._scaled_mm(
+        rows, weight.data.t(), scale_a=row_scale, scale_b=column_scale, out_dtype=out_dtype, use_fast_accum=True
+    )
+    return out.unflatten(0, x.data.shape[:-1])

@@ -1,0 +1,132 @@
+"""Compile every kernel as its launcher would, for the compute capability given as 80, 90, ...; nothing is launched.
+
+    python tests/kernels/compile_kernels.py 90 [--float16]
+
+
+Prints a line for each compilation: kernel, warps, shared memory, wide and narrow loads. Run by test_compiles.py.
+"""
+
+import pathlib
+import sys
+import types
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+package = types.ModuleType("ltx2_engine")
+package.__path__ = [str(ROOT)]
+sys.modules["ltx2_engine"] = package
+
+from ltx2_engine import kernels  # noqa: E402
+from ltx2_engine.kernels import Rows  # noqa: E402
+
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+TOKENS, WIDTH, HEADS = 16, 4096, 32
+STRENGTHS = {"cfg": 3.0, "stg": 1.0, "modality": 3.0}
+LEVELS = {"sigma": 0.8, "sigma_next": 0.4, "sigma_down": 0.3, "alpha_ratio": 0.9, "fresh": 0.2}
+
+
+class Driver:
+    """A GPU that is not there."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def compile_only():
+    """Let launches end after the compilation."""
+    run = JITFunction.run
+
+    def compiled(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        ptx, data = kernel.asm["ptx"], kernel.metadata
+        wide, narrow = (
+            sum(ptx.count(f"ld.global.{kind}") for kind in kinds) for kinds in (("v4", "v2"), ("b16", "u16"))
+        )
+        print(f"{self.__name__} warps {data.num_warps} shared {data.shared} wide {wide} narrow {narrow}")
+        return kernel
+
+    JITFunction.run = compiled
+
+
+def of(*shape, dtype=BF16):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def residual(dtype):
+    x, values, index = (
+        of(1, TOKENS, WIDTH, dtype=dtype),
+        of(1, 3, 5, WIDTH, dtype=dtype),
+        of(1, TOKENS, dtype=torch.long),
+    )
+    own = [Rows(values[:, :, j], index) for j in range(5)]
+    shared = [Rows(values[:, :1, j]) for j in range(5)]
+    run = kernels.residual_norm_modulate.twin
+    for rows in (own, shared):
+        keep = of(1, 1, 1, dtype=dtype)
+        two = ((rows[0], rows[1]), (rows[2], rows[3]))
+        run(x, two, 1e-6, branch=x, gate=rows[4], keep=keep)
+        run(x, two, 1e-6, branch=x, gate=rows[4], quantize=True, fast=True)
+        run(x, ((rows[0], rows[1]),), 1e-6)
+    run(x, (None,), 1e-6, branch=x)
+    run(x, (), 1e-6, branch=x, gate=shared[4])
+    run(of(1, TOKENS, 100, dtype=dtype), (None,), 1e-6)
+
+
+def attention(dtype):
+    q, k, _ = of(1, TOKENS, 3 * WIDTH, dtype=dtype).chunk(3, -1)
+    weight, cos = of(WIDTH, dtype=dtype), of(1, HEADS, TOKENS, WIDTH // HEADS // 2, dtype=dtype)
+    for fast in (False, True):
+        kernels.qk_norm_rotary.twin(q, k, weight, weight, cos, cos, 1e-6, fast=fast)
+    kernels.norm_rotary.twin(q, weight, cos, cos, 1e-6)
+    kernels.apply_split_rotary.twin(q.unflatten(-1, (HEADS, -1)).transpose(1, 2), cos, cos)
+    for quantize in (False, True):
+        kernels.head_gate.twin(q, of(1, TOKENS, HEADS, dtype=dtype), quantize=quantize)
+    kernels.quantize_rows.twin(of(TOKENS, WIDTH, dtype=dtype))
+    kernels.quantize_rows.twin(of(TOKENS, WIDTH, dtype=dtype), of(1, dtype=F32))
+    kernels.gelu_quantize.twin(of(TOKENS, 4 * WIDTH, dtype=dtype))
+
+
+def sampling():
+    for dtype in (BF16, F32):
+        passes = of(4, 1, TOKENS, 128, dtype=dtype)
+        kernels.guidance_combine.twin(*passes, **STRENGTHS, rescale=0.7)
+        kernels.guidance_combine.twin(passes[0], passes[1], None, None, **STRENGTHS, rescale=0.0)
+    for dtype in (F64, F32):
+        kernels.res2s_update.twin(*of(3, 1, TOKENS, 128, dtype=dtype), **LEVELS)
+
+
+def vae(dtype):
+    x = of(1, 128, 2, 16, 32, dtype=dtype)
+    vector = of(1, 128, 1, 1, 1, dtype=dtype)
+    for like in (x, x.to(memory_format=torch.channels_last_3d)):
+        for modulation in (None, (vector, vector)):
+            kernels.pixel_norm_silu.twin(like, torch.empty_like(like), modulation)
+    kernels.pixel_norm_silu.twin(x, torch.empty_like(x), fast=True)
+    kernels.depth_to_space.twin(x, (2, 2, 2), x[:, :64])
+    kernels.depth_to_space.twin(x, (2, 1, 1))
+
+
+if __name__ == "__main__":
+    driver.set_active(Driver(int(sys.argv[1])))
+    compile_only()
+    residual(BF16)
+    attention(BF16)
+    vae(BF16)
+    sampling()
+    if "--float16" in sys.argv:
+        residual(F16)
+        attention(F16)
+        vae(F16)
