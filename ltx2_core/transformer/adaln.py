@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels import Rows
+
 SINUSOID_DIM = 256
 
 
@@ -68,9 +70,6 @@ class Modulation:
         """Add a learned table [K, C]; the table is rounded to the activation dtype first."""
         return Modulation(self.rows + table.to(self.rows.dtype), self.index)
 
-    def row(self, j: int) -> Tensor:
-        """Vector ``j`` of every token: [B, T, C], or [B, 1, C] where all tokens share it."""
-        row = self.rows[:, :, j]
-        if self.index is None:
-            return row
-        return row.gather(1, self.index[..., None].expand(-1, -1, row.shape[-1]))
+    def row(self, j: int) -> Rows:
+        """Vector ``j`` of every token."""
+        return Rows(self.rows[:, :, j], self.index)

@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import apply_split_rotary
+from ...kernels import head_gate, norm_rotary, qk_norm_rotary
 from .attend import attend
+from .projections import project
 from .rope import Rotary
 
 # Whether an attention is computed: for all samples, for none, or per sample ([B, 1, 1], 1 = computed).
 Keep = bool | Tensor
 
 
+@dataclass(frozen=True)
+class KeysValues:
+    """What queries attend to: normed and rotated keys, and values, each [B, S, heads * head_dim]."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class Attention(nn.Module):
     """Multi-head attention with query and key norms over all heads jointly (ltx-core 1.2).
 
     query_dim, context_dim: widths of the two inputs; the inner width is ``heads * head_dim``.
-    gated: scale every head's output by ``2 * sigmoid(to_gate_logits(x))``.
+    gated: scale every head's output by ``2 * sigmoid(to_gate_logits(x))``. fast: round less often than the reference.
     """
 
-    def __init__(self, query_dim: int, context_dim: int, heads: int, head_dim: int, *, gated: bool, eps: float):
+    # weights that lie end to end where a block has one piece of memory
+    side_by_side = (("to_q", "to_k", "to_v"),)
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int,
+        heads: int,
+        head_dim: int,
+        *,
+        gated: bool,
+        eps: float,
+        fast: bool = False,
+    ):
         super().__init__()
         inner = heads * head_dim
-        self.heads = heads
+        self.heads, self.eps, self.fast = heads, eps, fast
         self.to_q = nn.Linear(query_dim, inner)
         self.to_k = nn.Linear(context_dim, inner)
         self.to_v = nn.Linear(context_dim, inner)
@@ -32,50 +56,48 @@ class Attention(nn.Module):
         self.to_gate_logits = nn.Linear(query_dim, heads) if gated else None
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim)])
 
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        rotary: Rotary | None = None,
-        context_rotary: Rotary | None = None,
-        bias: Tensor | None = None,
-        keep: Keep = True,
-    ) -> Tensor:
-        """x: [B, T, query_dim]; context: [B, S, context_dim], x itself for self attention. Returns [B, T, query_dim].
+    def attend_self(self, x: Tensor, rotary: Rotary, *, bias: Tensor | None = None, keep: Keep = True) -> Tensor:
+        """Attention among tokens. x: [B, T, query_dim]; returns the same shape.
 
-        keep: where False, the value projection passes in place of the attention (only meaningful for self attention).
+        bias: additive, broadcastable to [B, H, T, T]. keep: where False, the value projection passes in place of the
+        attention.
         """
-        context = x if context is None else context
-        values = self.to_v(context)
         if keep is False:
-            out = values
-        else:
-            out = self._softmax(x, context, values, rotary, context_rotary or rotary, bias)
-            if isinstance(keep, Tensor):
-                out = out * keep + values * (1 - keep)
-        if self.to_gate_logits is not None:
-            gates = 2 * torch.sigmoid(self.to_gate_logits(x))
-            out = (out.unflatten(-1, (self.heads, -1)) * gates[..., None]).flatten(2)
-        return self.to_out[0](out)
+            return self._output(self.to_v(x), x)
+        q, k, values = project(x, (self.to_q, self.to_k, self.to_v))
+        weights = self.q_norm.weight, self.k_norm.weight
+        q, k = qk_norm_rotary(q, k, *weights, rotary.cos, rotary.sin, self.eps, fast=self.fast)
+        out = self._softmax(q, KeysValues(k, values), bias)
+        if isinstance(keep, Tensor):
+            out = out * keep + values * (1 - keep)
+        return self._output(out, x)
 
-    def _softmax(
-        self,
-        x: Tensor,
-        context: Tensor,
-        values: Tensor,
-        rotary: Rotary | None,
-        context_rotary: Rotary | None,
-        bias: Tensor | None,
+    def keys_values(self, context: Tensor, rotary: Rotary | None = None) -> KeysValues:
+        """What ``attend_to`` reads of the tokens of a context [B, S, context_dim]."""
+        k, values = project(context, (self.to_k, self.to_v))
+        return KeysValues(self._normed(k, self.k_norm, rotary), values)
+
+    def attend_to(
+        self, context: KeysValues, x: Tensor, rotary: Rotary | None = None, *, bias: Tensor | None = None
     ) -> Tensor:
-        q = self._heads_first(self.q_norm(self.to_q(x)))
-        k = self._heads_first(self.k_norm(self.to_k(context)))
-        if rotary is not None and context_rotary is not None:
-            q = apply_split_rotary(q, rotary.cos, rotary.sin)
-            k = apply_split_rotary(k, context_rotary.cos, context_rotary.sin)
-        out = attend(q, k, self._heads_first(values), bias)
-        return out.transpose(1, 2).flatten(2)
+        """Attention of the tokens x [B, T, query_dim] to others; returns their shape.
 
-    def _heads_first(self, x: Tensor) -> Tensor:
-        """[B, T, H * D] -> [B, H, T, D]"""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        bias: additive, broadcastable to [B, H, T, S].
+        """
+        q = self._normed(self.to_q(x), self.q_norm, rotary)
+        return self._output(self._softmax(q, context, bias), x)
+
+    def _normed(self, x: Tensor, norm: nn.RMSNorm, rotary: Rotary | None) -> Tensor:
+        if rotary is None:
+            return F.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
+        return norm_rotary(x, norm.weight, rotary.cos, rotary.sin, self.eps, fast=self.fast)
+
+    def _softmax(self, q: Tensor, context: KeysValues, bias: Tensor | None) -> Tensor:
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, context.keys, context.values))
+        return attend(q, k, v, bias).transpose(1, 2).flatten(2)
+
+    def _output(self, out: Tensor, x: Tensor) -> Tensor:
+        """Head gates and output projection. out: [B, T, heads * head_dim]; x: the tokens that the gates are read from."""
+        if self.to_gate_logits is not None:
+            out = head_gate(out, self.to_gate_logits(x), fast=self.fast)
+        return self.to_out[0](out)

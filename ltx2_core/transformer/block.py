@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import gate_residual, rms_modulate
+from ...kernels import Rows, gelu_linear, residual_norm_modulate
 from ..av import AV
 from ..config.transformer import StreamConfig, TransformerConfig
 from .adaln import Modulation
-from .attention import Attention, Keep
+from .attention import Attention, Keep, KeysValues
 from .inputs import BlockKeep, StreamInput
 
 # Rows of scale_shift_table and of the matching adaLN rows: shift, scale, gate of each branch.
 SELF_ROWS, FF_ROWS, TEXT_ROWS = (0, 1, 2), (3, 4, 5), (6, 7, 8)
 # Rows of the audio-video tables: scale before shift here. Rows 0, 1 serve audio-to-video, 2, 3 video-to-audio.
 A2V_ROWS, V2A_ROWS, CROSS_GATE_ROW = (0, 1), (2, 3), 4
+
+
+# scale and shift of normalised tokens
+Way = tuple[Rows, Rows]
 
 
 @dataclass(frozen=True)
@@ -36,24 +42,43 @@ class StreamState:
     cross_gate: Tensor | None
 
 
-class FeedForward(nn.Module):
-    """Linear to 4 times the width, tanh-approximated GELU, linear back."""
+@dataclass(frozen=True)
+class _Read:
+    """A stream's tokens x behind text attention, and what is still to be done with them.
 
-    def __init__(self, dim: int, *, bias: bool):
+    query: modulated to receive from the other stream. context: modulated for the other to read. hidden: modulated for the
+    feed-forward.
+    """
+
+    x: Tensor
+    query: Tensor | None = None
+    context: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+# by the identity of the pair of states
+Texts = dict[int, AV[KeysValues]]
+
+
+class FeedForward(nn.Module):
+    """Linear to 4 times the width, tanh-approximated GELU, linear back. fast: the GELU reads unrounded sums."""
+
+    def __init__(self, dim: int, *, bias: bool, fast: bool = False):
         super().__init__()
+        self.fast = fast
         self.net = nn.ModuleList([_Projection(dim, 4 * dim, bias), nn.Identity(), nn.Linear(4 * dim, dim, bias=bias)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0](x), approximate="tanh"))
+        linear = self.net[0].proj
+        if self.fast and type(linear) is nn.Linear:
+            return self.net[2](gelu_linear(x, linear.weight, linear.bias, fast=True))
+        return self.net[2](F.gelu(linear(x), approximate="tanh"))
 
 
 class _Projection(nn.Module):
     def __init__(self, dim_in: int, dim_out: int, bias: bool):
         super().__init__()
         self.proj = nn.Linear(dim_in, dim_out, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
 
 
 class StreamBlock(nn.Module):
@@ -63,16 +88,24 @@ class StreamBlock(nn.Module):
     this stream's table for the queries and in the other stream's table for the keys and values.
     """
 
-    def __init__(self, config: TransformerConfig, own: StreamConfig, other: StreamConfig, cross_rows: tuple[int, int]):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        own: StreamConfig,
+        other: StreamConfig,
+        cross_rows: tuple[int, int],
+        *,
+        fast: bool = False,
+    ):
         super().__init__()
-        self.eps = config.norm_eps
+        self.eps, self.fast = config.norm_eps, fast
         self.cross_rows = cross_rows
-        gated = config.gated_attention
+        attention = partial(Attention, gated=config.gated_attention, eps=self.eps, fast=fast)
         cross_heads, cross_head_dim = config.streams.audio.heads, config.streams.audio.head_dim
-        self.attn1 = Attention(own.dim, own.dim, own.heads, own.head_dim, gated=gated, eps=self.eps)
-        self.attn2 = Attention(own.dim, own.context_dim, own.heads, own.head_dim, gated=gated, eps=self.eps)
-        self.cross_attn = Attention(own.dim, other.dim, cross_heads, cross_head_dim, gated=gated, eps=self.eps)
-        self.ff = FeedForward(own.dim, bias=own.ff_bias)
+        self.attn1 = attention(own.dim, own.dim, own.heads, own.head_dim)
+        self.attn2 = attention(own.dim, own.context_dim, own.heads, own.head_dim)
+        self.cross_attn = attention(own.dim, other.dim, cross_heads, cross_head_dim)
+        self.ff = FeedForward(own.dim, bias=own.ff_bias, fast=fast)
         num_rows = 9 if config.cross_attention_adaln else 6
         self.scale_shift_table = nn.Parameter(torch.empty(num_rows, own.dim))
         self.prompt_scale_shift_table = (
@@ -80,97 +113,164 @@ class StreamBlock(nn.Module):
         )
         self.cross_scale_shift_table = nn.Parameter(torch.empty(5, own.dim))
 
-    def attend_self_and_text(self, x: Tensor, state: StreamState, modulation: Modulation, keep: Keep) -> Tensor:
-        inputs = state.inputs
-        shift, scale, gate = (modulation.row(j) for j in SELF_ROWS)
-        h = rms_modulate(x, scale, shift, self.eps)
-        x = gate_residual(x, self.attn1(h, rotary=inputs.rotary, bias=inputs.attention_bias, keep=keep), gate)
-        if self.prompt_scale_shift_table is None:
-            h = F.rms_norm(x, x.shape[-1:], eps=self.eps)
-            return x + self.attn2(h, inputs.context, bias=inputs.context_bias)
-        shift, scale, gate = (modulation.row(j) for j in TEXT_ROWS)
-        h = rms_modulate(x, scale, shift, self.eps)
-        return gate_residual(x, self.attn2(h, self._modulated_text(state), bias=inputs.context_bias), gate)
+    def modulation(self, state: StreamState) -> Modulation:
+        """The rows of self attention, feed-forward and text attention."""
+        return state.modulation.plus(self.scale_shift_table)
 
-    def _modulated_text(self, state: StreamState) -> Tensor:
-        table = self.prompt_scale_shift_table
-        assert table is not None
-        rows = table.to(state.inputs.context.dtype)
-        if state.prompt is not None:
-            rows = rows + state.prompt  # [B, 1, 2, C]
-        shift, scale = rows[..., 0, :], rows[..., 1, :]
-        return state.inputs.context * (1 + scale) + shift
-
-    def modulate_for_cross(self, x: Tensor, state: StreamState, rows: tuple[int, int]) -> Tensor:
-        """Normalise and modulate this stream's tokens for one direction of audio-video attention."""
+    def cross_way(self, state: StreamState, rows: tuple[int, int]) -> Way:
+        """Scale and shift of this stream's tokens for one direction of audio-video attention."""
         assert state.cross is not None
-        scale_row, shift_row = rows
         # only the 4 scale and shift rows belong to the per-token module; the gate row has a module of its own
         modulation = state.cross.plus(self.cross_scale_shift_table[:CROSS_GATE_ROW])
-        return rms_modulate(x, modulation.row(scale_row), modulation.row(shift_row), self.eps)
+        return modulation.row(rows[0]), modulation.row(rows[1])
 
-    def attend_cross(self, query: Tensor, context: Tensor, own: StreamState, other: StreamState, keep: Keep) -> Tensor:
-        """The gated result that is added to this stream."""
-        assert own.cross_gate is not None
-        out = self.cross_attn(query, context, rotary=own.inputs.cross_rotary, context_rotary=other.inputs.cross_rotary)
-        table = self.cross_scale_shift_table[CROSS_GATE_ROW].to(out.dtype)
-        out = out * (table + own.cross_gate[:, :, 0])
-        return out * keep if isinstance(keep, Tensor) else out
+    def cross_gate(self, state: StreamState) -> Rows:
+        """The gate of what this stream receives from the other."""
+        assert state.cross_gate is not None
+        return Rows(state.cross_gate[:, :, 0] + self.cross_scale_shift_table[CROSS_GATE_ROW].to(state.cross_gate.dtype))
 
-    def feed_forward(self, x: Tensor, modulation: Modulation) -> Tensor:
-        shift, scale, gate = (modulation.row(j) for j in FF_ROWS)
-        return gate_residual(x, self.ff(rms_modulate(x, scale, shift, self.eps)), gate)
+    def text(self, state: StreamState) -> KeysValues:
+        """What the stream's tokens read of the prompt. It depends on the prompt and, from 2.3 on, on the noise level."""
+        context = state.inputs.context
+        table = self.prompt_scale_shift_table
+        if table is not None:
+            rows = table.to(context.dtype)
+            if state.prompt is not None:
+                rows = rows + state.prompt  # [B, 1, 2, C]
+            shift, scale = rows[..., 0, :], rows[..., 1, :]
+            context = context * (1 + scale) + shift
+        return self.attn2.keys_values(context)
+
+    def attend_self_and_text(
+        self, x: Tensor, state: StreamState, modulation: Modulation, text: KeysValues, keep: Keep, ways: Sequence[Way]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Self and text attention of tokens x [B, T, C]; also the result normalised and modulated in these ways."""
+        inputs = state.inputs
+        text_is_modulated = self.prompt_scale_shift_table is not None
+        _, (h,) = self.add(x, ways=[_way(modulation, SELF_ROWS)])
+        h = self.attn1.attend_self(h, inputs.rotary, bias=inputs.attention_bias, keep=keep)
+        into_text = _way(modulation, TEXT_ROWS) if text_is_modulated else None
+        x, (h,) = self.add(x, h, modulation.row(SELF_ROWS[2]), ways=[into_text])
+        h = self.attn2.attend_to(text, h, bias=inputs.context_bias)
+        return self.add(x, h, modulation.row(TEXT_ROWS[2]) if text_is_modulated else None, ways=ways)
+
+    def receive(
+        self, x: Tensor, query: Tensor, context: Tensor, own: StreamState, other: StreamState, keep: Keep, way: Way
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens with what they receive from the other stream, and these modulated in one way.
+
+        query, context: tokens of this and of the other stream, modulated for this direction.
+        """
+        keys_values = self.cross_attn.keys_values(context, other.inputs.cross_rotary)
+        h = self.cross_attn.attend_to(keys_values, query, own.inputs.cross_rotary)
+        x, (h,) = self.add(x, h, self.cross_gate(own), keep if isinstance(keep, Tensor) else None, ways=[way])
+        return x, h
+
+    def add(
+        self,
+        x: Tensor,
+        branch: Tensor | None = None,
+        gate: Rows | None = None,
+        keep: Tensor | None = None,
+        ways: Sequence[Way | None] = (),
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Tokens with a branch, gated; also the sum normalised and modulated in up to two ways."""
+        return residual_norm_modulate(x, tuple(ways), self.eps, branch=branch, gate=gate, keep=keep, fast=self.fast)
+
+
+def _way(modulation: Modulation, rows: tuple[int, int, int]) -> Way:
+    shift, scale, _ = rows
+    return modulation.row(scale), modulation.row(shift)
 
 
 class AVBlock(nn.Module):
     """Self and text attention of each stream, attention between the streams, feed-forward of each (ltx-core 1.2)."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, *, fast: bool = False):
         super().__init__()
         video, audio = config.streams.video, config.streams.audio
-        self.video = StreamBlock(config, video, audio, A2V_ROWS)
-        self.audio = StreamBlock(config, audio, video, V2A_ROWS)
+        self.video = StreamBlock(config, video, audio, A2V_ROWS, fast=fast)
+        self.audio = StreamBlock(config, audio, video, V2A_ROWS, fast=fast)
 
-    def forward(self, x: AV[Tensor], state: AV[StreamState], keep: BlockKeep) -> AV[Tensor]:
-        """x: tokens of each stream, [B, T, C]. An absent stream is skipped together with both cross attentions."""
-        halves = AV(self.video, self.audio)
+    @property
+    def halves(self) -> AV[StreamBlock]:
+        return AV(self.video, self.audio)
+
+    def forward(self, x: AV[Tensor], state: AV[StreamState], keep: BlockKeep, texts: Texts | None = None) -> AV[Tensor]:
+        """x: tokens of each stream, [B, T, C]. An absent stream is skipped together with both cross attentions.
+
+        texts: what this block has read of prompts, for states that come again; it is added to.
+        """
+        halves, texts = self.halves, {} if texts is None else texts
+        if id(state) not in texts:
+            # nothing for a stream that stays as it is
+            texts[id(state)] = state.map(lambda s, half: half.text(s) if s.inputs.enabled else None, halves)
+        text = texts[id(state)]
+        modulation = state.map(lambda s, half: half.modulation(s), halves)
         active = state.map(lambda s: s.inputs.enabled)
-        modulation = state.map(lambda s, half: s.modulation.plus(half.scale_shift_table), halves)
+        both = len(list(x.present())) == 2
+        receives = active.map(lambda on, keep: both and on and keep is not False, keep.cross)
 
-        x = x.map(
-            lambda x, on, half, s, m, k: half.attend_self_and_text(x, s, m, k) if on else x,
-            active,
+        # both directions read the state before either writes: that is the reference's order
+        read = x.map(
+            self._attend_self_and_text,
             halves,
+            halves.swap(),
             state,
             modulation,
+            text,
             keep.self_attn,
+            receives,
+            receives.swap(),
         )
-        # both directions read the state before either writes: that is the reference's order
-        x = x.map(
-            lambda x, on, update: x + update if on and update is not None else x,
-            active,
-            self._exchange(x, state, active, keep.cross),
-        )
-        return x.map(
-            lambda x, on, half, m: half.feed_forward(x, m) if on else x,
-            active,
+        read = read.map(self._receive, read.swap(), halves, state, state.swap(), modulation, keep.cross)
+        return read.map(
+            lambda one, half, m: (
+                one.x if one.hidden is None else half.add(one.x, half.ff(one.hidden), m.row(FF_ROWS[2]))[0]
+            ),
             halves,
             modulation,
         )
 
-    def _exchange(self, x: AV[Tensor], state: AV[StreamState], active: AV[bool], keep: AV[Keep]) -> AV[Tensor | None]:
-        """What each stream receives from the other; ``None`` where nothing is computed."""
-        if x.video is None or x.audio is None:
-            return AV()
+    @staticmethod
+    def _attend_self_and_text(
+        x: Tensor,
+        half: StreamBlock,
+        other: StreamBlock,
+        state: StreamState,
+        modulation: Modulation,
+        text: KeysValues | None,
+        keep: Keep,
+        receives: bool,
+        gives: bool,
+    ) -> _Read:
+        ways = {}
+        if receives:
+            ways["query"] = half.cross_way(state, half.cross_rows)
+        if gives:
+            ways["context"] = half.cross_way(state, other.cross_rows)
+        if text is None:
+            x, modulated = half.add(x, ways=list(ways.values())) if ways else (x, ())
+        else:
+            if not receives:
+                ways["hidden"] = _way(modulation, FF_ROWS)
+            x, modulated = half.attend_self_and_text(x, state, modulation, text, keep, list(ways.values()))
+        return _Read(x, **dict(zip(ways, modulated, strict=True)))
 
-        def receive(own: StreamBlock, x_own, s_own, other: StreamBlock, x_other, s_other, on, keep):
-            if not on or keep is False:
-                return None
-            query = own.modulate_for_cross(x_own, s_own, own.cross_rows)
-            context = other.modulate_for_cross(x_other, s_other, own.cross_rows)
-            return own.attend_cross(query, context, s_own, s_other, keep)
-
-        return AV(
-            receive(self.video, x.video, state.video, self.audio, x.audio, state.audio, active.video, keep.video),
-            receive(self.audio, x.audio, state.audio, self.video, x.video, state.video, active.audio, keep.audio),
-        )
+    @staticmethod
+    def _receive(
+        own: _Read,
+        other: _Read | None,
+        half: StreamBlock,
+        state: StreamState,
+        other_state: StreamState,
+        modulation: Modulation,
+        keep: Keep,
+    ) -> _Read:
+        if own.query is None:
+            return own
+        assert other is not None
+        assert other.context is not None
+        way = _way(modulation, FF_ROWS)
+        x, hidden = half.receive(own.x, own.query, other.context, state, other_state, keep, way)
+        return _Read(x, hidden=hidden)

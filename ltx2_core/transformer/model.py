@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..av import AV
 from ..config.transformer import StreamConfig, TransformerConfig
-from .block import AVBlock, StreamState
+from .block import AVBlock, StreamState, Texts
 from .inputs import BlockKeep, Pass, Perturbation, StreamInput, plan_keeps
 from .rope import Rotary, rotary_table
 from .stream import Stream
@@ -29,13 +29,14 @@ class _Walk:
 class Transformer(nn.Module):
     """Predicts the velocity of video and audio tokens together."""
 
-    def __init__(self, config: TransformerConfig):
+    def __init__(self, config: TransformerConfig, *, fast: bool = False):
+        """fast: round less often than the reference does."""
         super().__init__()
         self.config = config
         streams = config.streams
         self.video = Stream(config, streams.video, keyframe_marker=config.keyframe_marker)
         self.audio = Stream(config, streams.audio, keyframe_marker=False)
-        self.blocks = nn.ModuleList(_alike(partial(AVBlock, config), config.num_layers))
+        self.blocks = nn.ModuleList(_alike(partial(AVBlock, config, fast=fast), config.num_layers))
 
     @property
     def streams(self) -> AV[Stream]:
@@ -70,7 +71,7 @@ class Transformer(nn.Module):
             raise ValueError("give either the flags of one pass or a plan of several passes, not both")
         walk = self._begin(inputs)
         for block, keep in zip(self.blocks, keeps, strict=True):
-            walk = self._step(block, walk, keep, on_block)
+            walk = self._step(block, walk, keep, {}, on_block)
         return self._finish(walk)
 
     def run_passes(
@@ -91,8 +92,9 @@ class Transformer(nn.Module):
         walks = [(members, self._begin(passes[members[0]].inputs)) for members in groups]
         for number, block in enumerate(self.blocks):
             at_block = [plan[number] for plan in keeps]
+            texts: Texts = {}
             walks = [
-                (part, self._step(block, walk, at_block[part[0]], on_block))
+                (part, self._step(block, walk, at_block[part[0]], texts, on_block))
                 for members, walk in walks
                 for part in _by_key(members, at_block.__getitem__)
             ]
@@ -108,10 +110,12 @@ class Transformer(nn.Module):
         )
 
     @staticmethod
-    def _step(block: nn.Module, walk: _Walk, keep: BlockKeep, on_block: Callable[[], None] | None) -> _Walk:
+    def _step(
+        block: nn.Module, walk: _Walk, keep: BlockKeep, texts: Texts, on_block: Callable[[], None] | None
+    ) -> _Walk:
         if on_block is not None:
             on_block()
-        return replace(walk, x=block(walk.x, walk.state, keep))
+        return replace(walk, x=block(walk.x, walk.state, keep, texts))
 
     def _finish(self, walk: _Walk) -> AV[Tensor]:
         return walk.x.map(

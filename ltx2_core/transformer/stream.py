@@ -79,5 +79,6 @@ class Stream(nn.Module):
         """Hidden tokens to the velocity [B, T, out_channels]."""
         # the embedding before the silu of adaLN; table + embedding is rounded before 1 + scale
         modulation = Modulation(embedded[:, :, None], inputs.timesteps.index).plus(self.scale_shift_table)
+        shift, scale = (modulation.row(j).spread(x.shape[1]) for j in (0, 1))
         x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-        return self.proj_out(x * (1 + modulation.row(1)) + modulation.row(0))
+        return self.proj_out(x * (1 + scale) + shift)

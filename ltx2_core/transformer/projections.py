@@ -1,0 +1,32 @@
+"""Linear layers that read the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def project(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """The outputs [B, T, width of each] of several linear layers for the same input [B, T, C].
+
+    One matrix product where their weights and biases lie end to end, as those of a block do whose modules name them in
+    ``side_by_side`` (``loading/arena.py``). The outputs are then slices of one tensor, with unit last stride.
+    """
+    weights = _joint([linear.weight for linear in linears]) if all(type(one) is nn.Linear for one in linears) else None
+    biases = None if weights is None else _joint([linear.bias for linear in linears])
+    if weights is None or biases is None:
+        return tuple(linear(x) for linear in linears)
+    return F.linear(x, weights, biases).split([linear.out_features for linear in linears], dim=-1)
+
+
+def _joint(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Tensors that lie end to end in one storage as one tensor, concatenated along the first axis; else None."""
+    first = tensors[0]
+    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != storage:
+            return None
+        end += tensor.nbytes
+    return first.as_strided((sum(len(tensor) for tensor in tensors), *first.shape[1:]), first.stride())
