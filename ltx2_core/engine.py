@@ -297,6 +297,7 @@ class LocalEngine:
                 biased=biased,
                 sampler=job.sampler.name,
                 unpack_bytes=self._unpack_bytes,
+                fused=runs_fused(self.device),
             )
 
         return work

@@ -13,19 +13,41 @@ import torch
 from .av import AV
 from .config.transformer import StreamConfig, TransformerConfig
 
-# Feed-forward, at its GELU: the tokens modulated, 4 widths of the hidden layer, 4 of the result.
-_GELU = 1 + 4 + 4
-# Feed-forward, at its last linear: the tokens modulated, 4 widths of the hidden layer, the result.
-_LAST_LINEAR = 1 + 4 + 1
-# Self attention: the tokens modulated, queries, keys, values, the result.
-_SELF_ATTENTION = 1 + 3 + 1
-# Text attention, when the keys are normed: the tokens behind self attention, those modulated, the queries; and of the
-# text the values, the keys, the normed keys, and the modulated text where it is modulated.
-_TEXT_QUERIES, _TEXT_KEYS = 3, 3
-# Shift, scale and gate, gathered for every token where tokens differ in noise level.
-_GATHERED = 3
+
+@dataclass(frozen=True, slots=True)
+class _Peaks:
+    """Widths that live at the same time in the parts of a block, beside those of the state that entered it.
+
+    self_attention: the tokens modulated, queries, keys and values in one, both once more behind norm and rotation, and the
+    result. two_ways: behind text attention, when the state is modulated for two readers. received: the same for one reader,
+    behind what comes from the other stream, without the three of ``_BETWEEN``.
+    crossed: keys and values of audio-video attention. gathered: more where tokens differ in noise level.
+    """
+
+    self_attention: int
+    two_ways: int
+    received: int
+    crossed: int
+    gathered: int
+
+
+# In plain torch every operation makes a tensor; it makes copies of queries and keys to rotate them.
+_TORCH = _Peaks(self_attention=8, two_ways=8, received=6, crossed=5, gathered=1)
+_FUSED = _Peaks(self_attention=7, two_ways=5, received=3, crossed=3, gathered=0)
+# Between the two attentions of a block and what one stream receives from the other: the state, and modulated twice.
+_BETWEEN = 3
+# Queries of audio-video attention, and the result.
+_QUERIES = 2
+# Before the feed-forward: the state, and modulated.
+_BEFORE_FF = 2
+# Feed-forward: 4 widths of the hidden layer, in which the GELU is computed in place, and the result.
+_HIDDEN, _FF_RESULT = 4, 1
+# Text attention: of every prompt the keys as they were projected and normed, and the values.
+_TEXT = 3
 # Rows of a noise level beside those of the branches: audio-video attention, the embedded timestep.
 _OTHER_ROWS = 4 + 1
+# Those that a block adds its table to for audio-video attention.
+_CROSS_ROWS = 4
 # Latent tokens outside the model: what sampling started from, kept content, noisy state, guided and blended estimate.
 _TOKEN_COPIES = 5
 # float64 copies of them at the midpoint of a step: the state at its start, the estimate there, the midpoint.
@@ -46,16 +68,19 @@ class WorkBytes:
 
 @dataclass(frozen=True, slots=True)
 class _Stream:
-    """Bytes of one stream. kept: from the first step to the last. width: the hidden states.
+    """Bytes of one stream.
 
-    attention, feed_forward: what a branch holds at most beside the hidden states that enter the block and those that
-    the other branches left behind.
+    kept: from the first step to the last. width: the hidden states. text: what a block keeps of prompts.
+    first: self and text attention. crossed: tokens as wide as audio-video attention. received: with what comes from the
+    other stream.
     """
 
     kept: int
     width: int
-    attention: int
-    feed_forward: int
+    text: int
+    first: int
+    crossed: int
+    received: int
 
 
 def sampling_work_bytes(
@@ -71,13 +96,14 @@ def sampling_work_bytes(
     biased: AV[bool] = _UNBIASED,
     sampler: str = "euler",
     unpack_bytes: int = 0,
+    fused: bool = False,
 ) -> WorkBytes:
     """The most that sampling takes beside the weights.
 
     tokens: of one sample in each stream, those of conditions included; ``None`` where there is no such stream.
     batch: samples. passes: of a step. mode: ``split`` or ``batched``. dtype: of activations.
     levels: distinct values of each stream's mask. biased: which streams' self attention has weights.
-    unpack_bytes: the most that unpacking one packed weight holds.
+    unpack_bytes: the most that unpacking one packed weight holds. fused: whether fused kernels run.
 
     Without the workspaces of a GPU's libraries. Split passes count as if they differed from the first block on.
     Raises ValueError for an unknown mode.
@@ -88,15 +114,16 @@ def sampling_work_bytes(
     samples = batch if split else batch * passes
     # split passes have inputs of their own for either prompt, also where all of them read the same
     inputs, prompts = (2, min(passes, 2)) if split else (1, 1)
-    size = dtype.itemsize
+    size, peaks = dtype.itemsize, _FUSED if fused else _TORCH
 
     def stream(count: int, own: StreamConfig, levels: int, biased: bool) -> _Stream:
         width = samples * count * own.dim * size
+        crossed = samples * count * config.cross_dim * size
         text = samples * text_tokens * own.context_dim * size
         rows = samples * levels * own.dim * size
         branch_rows = 9 if config.cross_attention_adaln else 6
         bias = samples * count**2 * size if biased else 0
-        gathered = _GATHERED * width if levels > 1 else 0
+        gathered = peaks.gathered * width if levels > 1 else 0
         copies = (_TOKEN_COPIES + samples // batch - 1) * size + 8 * _FLOAT64_COPIES.get(sampler, 0)
         # features of either prompt, and what the model makes of them
         features = min(passes, 2) * text_tokens * (config.caption_channels or own.context_dim) * size
@@ -107,24 +134,34 @@ def sampling_work_bytes(
             + features
             + (projected if split else text)
             + batch * count * own.in_channels * copies
-            + rows * (prompts * (branch_rows + _OTHER_ROWS) + branch_rows),
+            + rows * (prompts * (branch_rows + _OTHER_ROWS) + branch_rows + _CROSS_ROWS),
             width=width,
-            attention=gathered
-            + max(
-                # a GPU copies weights whose rows are not aligned; behind it the result lies once more, as tokens
-                _SELF_ATTENTION * width + max(width, bias if count % 8 else 0),
-                _TEXT_QUERIES * width + (_TEXT_KEYS + config.cross_attention_adaln) * text,
+            text=prompts * _TEXT * text,
+            first=max(
+                # a GPU copies weights whose rows are not aligned
+                (peaks.self_attention - 1) * width + max(width, bias if count % 8 else 0),
+                peaks.two_ways * width + gathered,
+                config.cross_attention_adaln * text,
             ),
-            feed_forward=gathered + max(_GELU * width, _LAST_LINEAR * width + unpack_bytes),
+            crossed=crossed,
+            received=peaks.received * width + gathered,
         )
 
     streams = list(tokens.map(stream, config.streams, levels, biased).present())
     state = sum(one.width for one in streams)
     # every pass keeps the state that entered a block until the last pass is through it
     waiting = (2 * (passes if split else 1) - 1) * state
-    work = done = 0
-    for one in streams:
-        work = max(work, done + one.attention, state + done + one.feed_forward)
-        done += one.width
-    allocated = sum(one.kept for one in streams) + waiting + work
+    between = _BETWEEN * state if len(streams) == 2 else _BEFORE_FF * state
+    work = 0
+    for one, other in zip(streams, reversed(streams), strict=True):
+        ahead = sum(before.width for before in streams[: streams.index(one)])
+        work = max(
+            work,
+            _BETWEEN * ahead + one.first,
+            between + _BEFORE_FF * ahead + max(one.received, peaks.crossed * other.crossed + _QUERIES * one.crossed)
+            if len(streams) == 2
+            else 0,
+            _BEFORE_FF * state + ahead + (_HIDDEN + _FF_RESULT) * one.width + unpack_bytes,
+        )
+    allocated = sum(one.kept + one.text for one in streams) + waiting + work
     return WorkBytes(allocated, allocated + _FRAGMENTED * max(one.width for one in streams))

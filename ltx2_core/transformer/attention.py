@@ -62,15 +62,16 @@ class Attention(nn.Module):
         bias: additive, broadcastable to [B, H, T, T]. keep: where False, the value projection passes in place of the
         attention.
         """
-        if keep is False:
-            return self._output(self.to_v(x), x)
+        return self._output(self.to_v(x) if keep is False else self._among(x, rotary, bias, keep), x)
+
+    def _among(self, x: Tensor, rotary: Rotary, bias: Tensor | None, keep: Tensor | bool) -> Tensor:
+        """Self attention before gates and output, [B, T, heads * head_dim]. What it makes goes when it returns."""
         q, k, values = project(x, (self.to_q, self.to_k, self.to_v))
         weights = self.q_norm.weight, self.k_norm.weight
         q, k = qk_norm_rotary(q, k, *weights, rotary.cos, rotary.sin, self.eps, fast=self.fast)
         out = self._softmax(q, KeysValues(k, values), bias)
-        if isinstance(keep, Tensor):
-            out = out * keep + values * (1 - keep)
-        return self._output(out, x)
+        del q, k
+        return out.mul_(keep).add_(values * (1 - keep)) if isinstance(keep, Tensor) else out
 
     def keys_values(self, context: Tensor, rotary: Rotary | None = None) -> KeysValues:
         """What ``attend_to`` reads of the tokens of a context [B, S, context_dim]."""
@@ -84,8 +85,7 @@ class Attention(nn.Module):
 
         bias: additive, broadcastable to [B, H, T, S].
         """
-        q = self._normed(self.to_q(x), self.q_norm, rotary)
-        return self._output(self._softmax(q, context, bias), x)
+        return self._output(self._softmax(self._normed(self.to_q(x), self.q_norm, rotary), context, bias), x)
 
     def _normed(self, x: Tensor, norm: nn.RMSNorm, rotary: Rotary | None) -> Tensor:
         if rotary is None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import Rows, gelu_linear, residual_norm_modulate
@@ -72,7 +71,8 @@ class FeedForward(nn.Module):
         linear = self.net[0].proj
         if self.fast and type(linear) is nn.Linear:
             return self.net[2](gelu_linear(x, linear.weight, linear.bias, fast=True))
-        return self.net[2](F.gelu(linear(x), approximate="tanh"))
+        # in place: the hidden layer is the largest tensor of a block
+        return self.net[2](torch.ops.aten.gelu_(linear(x), approximate="tanh"))
 
 
 class _Projection(nn.Module):
@@ -117,12 +117,11 @@ class StreamBlock(nn.Module):
         """The rows of self attention, feed-forward and text attention."""
         return state.modulation.plus(self.scale_shift_table)
 
-    def cross_way(self, state: StreamState, rows: tuple[int, int]) -> Way:
-        """Scale and shift of this stream's tokens for one direction of audio-video attention."""
+    def cross_modulation(self, state: StreamState) -> Modulation:
+        """The rows of both directions of audio-video attention."""
         assert state.cross is not None
         # only the 4 scale and shift rows belong to the per-token module; the gate row has a module of its own
-        modulation = state.cross.plus(self.cross_scale_shift_table[:CROSS_GATE_ROW])
-        return modulation.row(rows[0]), modulation.row(rows[1])
+        return state.cross.plus(self.cross_scale_shift_table[:CROSS_GATE_ROW])
 
     def cross_gate(self, state: StreamState) -> Rows:
         """The gate of what this stream receives from the other."""
@@ -161,8 +160,10 @@ class StreamBlock(nn.Module):
 
         query, context: tokens of this and of the other stream, modulated for this direction.
         """
-        keys_values = self.cross_attn.keys_values(context, other.inputs.cross_rotary)
-        h = self.cross_attn.attend_to(keys_values, query, own.inputs.cross_rotary)
+        attention = self.cross_attn
+        h = attention.attend_to(
+            attention.keys_values(context, other.inputs.cross_rotary), query, own.inputs.cross_rotary
+        )
         x, (h,) = self.add(x, h, self.cross_gate(own), keep if isinstance(keep, Tensor) else None, ways=[way])
         return x, h
 
@@ -245,10 +246,11 @@ class AVBlock(nn.Module):
         gives: bool,
     ) -> _Read:
         ways = {}
+        cross = half.cross_modulation(state) if receives or gives else None
         if receives:
-            ways["query"] = half.cross_way(state, half.cross_rows)
+            ways["query"] = cross.row(half.cross_rows[0]), cross.row(half.cross_rows[1])
         if gives:
-            ways["context"] = half.cross_way(state, other.cross_rows)
+            ways["context"] = cross.row(other.cross_rows[0]), cross.row(other.cross_rows[1])
         if text is None:
             x, modulated = half.add(x, ways=list(ways.values())) if ways else (x, ())
         else:
