@@ -165,17 +165,28 @@ def opaque(name: str, fake: Callable[..., Any], *, mutates: Sequence[str] = ()) 
     """Make the decorated launcher a torch operator as well, which torch.compile does not look into.
 
     fake: the launcher's results without their values, of equal shapes, dtypes and strides. The launcher takes and returns
-    tensors, lists of tensors and numbers only, as its annotations say; it is called directly where nothing is compiled.
+    tensors, lists of tensors and numbers only, as its annotations say, a tensor first; it is called directly where nothing
+    is compiled.
     ``registered`` of the result is the operator.
     """
 
     def register(launch: Callable) -> Callable:
-        registered = torch.library.custom_op(f"ltx2_engine::{name}", launch, mutates_args=tuple(mutates))
+        def on_its_device(first: Tensor, *others: Any) -> Any:
+            # Triton launches on the current device, whatever the tensors are on
+            if first.is_cuda and first.device.index != torch.cuda.current_device():
+                with torch.cuda.device(first.device):
+                    return launch(first, *others)
+            return launch(first, *others)
+
+        schema = torch.library.infer_schema(launch, mutates_args=tuple(mutates))
+        registered = torch.library.custom_op(
+            f"ltx2_engine::{name}", on_its_device, mutates_args=tuple(mutates), schema=schema
+        )
         registered.register_fake(fake)
 
         @functools.wraps(launch)
         def run(*args: Any) -> Any:
-            return registered(*args) if torch.compiler.is_compiling() else launch(*args)
+            return registered(*args) if torch.compiler.is_compiling() else on_its_device(*args)
 
         run.registered = registered  # type: ignore[attr-defined]
         return run

@@ -30,10 +30,9 @@ def fp8_linear(
     Products run on eight-bit matrix units where there are some (capability 8.9) and both widths are multiples of 16, else
     in float32 on what the numbers stand for.
     """
-    if isinstance(x, Tensor):
-        x = quantize_rows(x.contiguous(), input_scale)
-    compute = _multiplied if _takes(x, weight, out_dtype) else dequantized_linear
-    out = compute(x, weight, out_dtype)
+    rows = quantize_rows(x.contiguous(), input_scale) if isinstance(x, Tensor) else x
+    compute = _multiplied if _takes(rows, weight, out_dtype) else dequantized_linear
+    out = compute(rows, weight, out_dtype)
     return out if bias is None else out + bias.to(out_dtype)
 
 

@@ -119,13 +119,13 @@ def _merged(x: Tensor, out: Tensor) -> tuple[list[int], list[int], list[int]]:
 
     A line of a program's pixels then ends at the end of a picture or clip, not of every row.
     """
-    sizes, *strides = [list(values[2:]) for values in (x.shape, x.stride(), out.stride())]
+    sizes, x_strides, out_strides = (list(values[2:]) for values in (x.shape, x.stride(), out.stride()))
     for outer in (1, 0):
-        follows = all(stride[outer] == stride[2] * sizes[2] for stride in strides)
+        follows = all(stride[outer] == stride[2] * sizes[2] for stride in (x_strides, out_strides))
         if follows and (outer == 1 or sizes[1] == 1):
             sizes[2] *= sizes[outer]
             sizes[outer] = 1
-    return sizes, *strides
+    return sizes, x_strides, out_strides
 
 
 def _vector_strides(vector: Tensor | None) -> tuple[int, int]:

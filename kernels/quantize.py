@@ -47,6 +47,14 @@ def _sample(x: Tensor, scale: Tensor | None = None, *, fast: bool = False) -> tu
     return ((few,) if scale is None else (few, scale)), {"fast": fast}
 
 
+def _fit_gelu(x: Tensor, *, fast: bool = False) -> Hashable:
+    return _fit(x)
+
+
+def _sample_gelu(x: Tensor, *, fast: bool = False) -> tuple[tuple, dict]:
+    return _sample(x)
+
+
 @operation(twin=_twin_of_quantize, fit=_fit, sample=_sample, contract=EXACT)
 def quantize_rows(x: Tensor, scale: Tensor | None = None, *, fast: bool = False) -> Quantized:
     """x [..., C] as eight-bit floats with one scale for each row: q = e4m3(clamp(x / s, +-448)), s = max(|x|) / 448.
@@ -64,7 +72,7 @@ def quantize_rows(x: Tensor, scale: Tensor | None = None, *, fast: bool = False)
     return Quantized((numbers / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale)
 
 
-@operation(twin=_twin_of_gelu, fit=_fit, sample=_sample, contract=CLOSE)
+@operation(twin=_twin_of_gelu, fit=_fit_gelu, sample=_sample_gelu, contract=CLOSE)
 def gelu_quantize(x: Tensor, *, fast: bool = False) -> Quantized:
     """GELU (tanh form) of x [..., C], rounded to x's dtype, as ``quantize_rows`` gives it. ``fast`` changes nothing."""
     return quantize_rows.definition(F.gelu(x, approximate="tanh"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -39,37 +39,41 @@ def _fit(
     fast: bool = False,
     quantize: bool = False,
 ) -> Hashable:
-    demand(x.dim() == 3 and x.shape[-1] <= WIDEST, "shape")
-    demand(x.numel() > 0, "empty")
+    shape = x.shape
+    demand(len(shape) == 3 and shape[2] <= WIDEST, "shape")
+    demand(shape[0] > 0 and shape[1] > 0, "empty")
     demand(len(modulations) <= MOST_OUTPUTS, "more than two outputs")
     demand(branch is not None or len(modulations) > 0, "nothing to do")
-    demand(branch is None or branch.shape == x.shape, "shape")
+    demand(branch is None or branch.shape == shape, "shape")
     demand_like(x, branch, keep)
-    demand(keep is None or keep.shape == (x.shape[0], 1, 1), "shape of keep")
+    demand(keep is None or keep.shape == (shape[0], 1, 1), "shape of keep")
+    indexed = [gate is not None and _is_indexed(gate, x, shape)]
     for modulation in modulations:
         if modulation is not None:
             scale, shift = modulation
-            demand(scale.values.stride() == shift.values.stride(), "scale and shift of different strides")
-            demand(scale.values.shape == shift.values.shape, "scale and shift of different shapes")
+            indexed.append(_is_indexed(scale, x, shape))
             demand(scale.index is shift.index, "scale and shift of different tokens")
-    rows = [gate, *(rows for modulation in modulations if modulation is not None for rows in modulation)]
-    for each in rows:
-        if each is not None:
-            _demand_rows(each, x)
-    indexed = tuple(rows and rows.index is not None for rows in rows)
-    outputs = tuple(modulation is None for modulation in modulations)
-    return x.shape[-1], branch is None, gate is None, keep is None, indexed, outputs, fast, quantize
+            a, b = scale.values, shift.values
+            demand(a.shape == b.shape and a.stride() == b.stride(), "scale and shift of different strides")
+            demand(b.dtype == a.dtype and b.device == a.device, "mixed dtypes")
+    plain = tuple(modulation is None for modulation in modulations)
+    return shape[2], branch is None, gate is None, keep is None, tuple(indexed), plain, fast, quantize
 
 
-def _demand_rows(rows: Rows, x: Tensor) -> None:
-    batch, tokens, width = x.shape
+def _is_indexed(rows: Rows, x: Tensor, shape: Sequence[int]) -> bool:
+    """Whether the vectors are found through an index. Raises Unfit if they are not vectors for x, which has that shape."""
     values, index = rows.values, rows.index
-    demand_like(x, values)
-    demand(values.dim() == 3 and values.shape[0] in (1, batch) and values.shape[2] == width, "shape of the modulation")
+    batch, tokens, width = shape
+    demand(values.dtype == x.dtype, "mixed dtypes")
+    demand(values.device == x.device, "mixed devices")
+    demand(values.stride(-1) == 1, "last axis not contiguous")
+    vectors = values.shape
+    demand(len(vectors) == 3 and vectors[0] in (1, batch) and vectors[2] == width, "shape of the modulation")
     if index is None:
-        demand(values.shape[1] in (1, tokens), "shape of the modulation")
-    else:
-        demand(index.shape == (batch, tokens) and index.device == x.device, "shape of the index")
+        demand(vectors[1] == 1 or vectors[1] == tokens, "shape of the modulation")
+        return False
+    demand(index.shape == (batch, tokens) and index.device == x.device, "shape of the index")
+    return True
 
 
 def _sample(

@@ -74,13 +74,10 @@ def residual(dtype):
     own = [Rows(values[:, :, j], index) for j in range(5)]
     shared = [Rows(values[:, :1, j]) for j in range(5)]
     run = kernels.residual_norm_modulate.twin
-    for rows in (own, shared):
-        keep = of(1, 1, 1, dtype=dtype)
-        two = ((rows[0], rows[1]), (rows[2], rows[3]))
-        run(x, two, 1e-6, branch=x, gate=rows[4], keep=keep)
-        run(x, two, 1e-6, branch=x, gate=rows[4], quantize=True, fast=True)
-        run(x, ((rows[0], rows[1]),), 1e-6)
-    run(x, (None,), 1e-6, branch=x)
+    two = ((own[0], own[1]), (own[2], own[3]))
+    run(x, two, 1e-6, branch=x, gate=own[4], keep=of(1, 1, 1, dtype=dtype))
+    run(x, two, 1e-6, branch=x, gate=own[4], quantize=True, fast=True)
+    run(x, ((shared[0], shared[1]), None), 1e-6)
     run(x, (), 1e-6, branch=x, gate=shared[4])
     run(of(1, TOKENS, 100, dtype=dtype), (None,), 1e-6)
 
@@ -111,9 +108,9 @@ def sampling():
 def vae(dtype):
     x = of(1, 128, 2, 16, 32, dtype=dtype)
     vector = of(1, 128, 1, 1, 1, dtype=dtype)
-    for like in (x, x.to(memory_format=torch.channels_last_3d)):
-        for modulation in (None, (vector, vector)):
-            kernels.pixel_norm_silu.twin(like, torch.empty_like(like), modulation)
+    last = x.to(memory_format=torch.channels_last_3d)
+    kernels.pixel_norm_silu.twin(x, torch.empty_like(x), (vector, vector))
+    kernels.pixel_norm_silu.twin(last, torch.empty_like(last))
     kernels.pixel_norm_silu.twin(x, torch.empty_like(x), fast=True)
     kernels.depth_to_space.twin(x, (2, 2, 2), x[:, :64])
     kernels.depth_to_space.twin(x, (2, 1, 1))

@@ -8,12 +8,15 @@ STRIDES = [(2, 2, 2), (1, 2, 2), (2, 1, 1), (1, 1, 1)]
 
 
 @pytest.mark.parametrize("stride", STRIDES, ids=str)
-@pytest.mark.parametrize("skip_channels", [0, 1, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "skip_channels"),
+    [(torch.bfloat16, 0), (torch.bfloat16, 2), (torch.float16, 1), (torch.float32, 4)],
+    ids=str,
+)
 def test_unfolding(agree, randn, dtype, skip_channels, stride):
     folds = stride[0] * stride[1] * stride[2]
-    x = randn(2, 4 * folds, 2, 2, 3, dtype=dtype)
-    skip = randn(2, skip_channels * folds, 2, 2, 3, dtype=dtype) if skip_channels else None
+    x = randn(2, 4 * folds, 1, 2, 3, dtype=dtype)
+    skip = randn(2, skip_channels * folds, 1, 2, 3, dtype=dtype) if skip_channels else None
     want = depth_to_space.definition(x.clone(), stride, skip)
     got = depth_to_space.twin(x, stride, skip)
     assert got.is_contiguous()

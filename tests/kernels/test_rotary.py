@@ -38,7 +38,7 @@ def test_queries_and_keys_of_one_projection(agree, randn, dtype, table_batch, fa
     assert all(out.is_contiguous() for out in got)
 
 
-@pytest.mark.parametrize("tokens", [3, 63])
+@pytest.mark.parametrize("tokens", [1, 63])
 def test_one_tensor(agree, randn, tokens):
     x = randn(1, tokens, 64)
     agree(norm_rotary, x, randn(64), *tables(randn, 1, 4, tokens, 8, transposed=True), EPS)
