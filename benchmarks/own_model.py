@@ -25,18 +25,19 @@ from torch import Tensor, nn
 DTYPE = torch.bfloat16
 SIGMA = 0.7
 PLAIN = StreamGuidance()
+NORMS = ("q_norm.weight", "k_norm.weight", "norm_q.weight", "norm_k.weight")
 
 Output = list[Tensor]
 Draw = Callable[..., Tensor]
 
 
-def fill(model: nn.Module, device: torch.device) -> Any:
-    """Give a module without memory random weights in bfloat16, those of query and key norms around 1."""
-    model = model.to(DTYPE).requires_grad_(False).to_empty(device=device)
+def fill(model: nn.Module, device: torch.device, dtype: torch.dtype = DTYPE) -> Any:
+    """Give a module without memory random weights, those of query and key norms and what divides latents around 1."""
+    model = model.to(dtype).requires_grad_(False).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        near_one = name.endswith(("q_norm.weight", "k_norm.weight", "norm_q.weight", "norm_k.weight"))
-        parameter.normal_(float(near_one), STD, generator=generator)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        near_one = name.endswith((*NORMS, "std-of-means", "latents_std"))
+        tensor.normal_(float(near_one), STD, generator=generator)
     return model
 
 

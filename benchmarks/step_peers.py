@@ -32,7 +32,7 @@ def diffusers_transformer(config: dict[str, Any], device: torch.device) -> Any:
     sizes = {name: own[name] for name, value in released.items() if type(value) is int and name in own}
     with torch.device("meta"):
         model = LTX2VideoTransformer3DModel(**(released | sizes))
-    return with_memory(fill(model, device).train(False))
+    return _with_memory(fill(model, device).train(False))
 
 
 def diffusers_step(model: Any, config: ModelConfig, clip: ClipShape, device: torch.device) -> Callable[[], Output]:
@@ -87,7 +87,7 @@ def ltx_core_transformer(config: dict[str, Any], device: torch.device) -> Any:
 
     with torch.device("meta"):
         model = LTXModelConfigurator.from_config({"transformer": config["transformer"]})
-    return with_memory(fill(model, device).train(False))
+    return _with_memory(fill(model, device).train(False))
 
 
 def ltx_core_step(model: Any, config: ModelConfig, clip: ClipShape, device: torch.device) -> Callable[[], Output]:
@@ -107,7 +107,7 @@ def ltx_core_step(model: Any, config: ModelConfig, clip: ClipShape, device: torc
     return lambda: list(model(both.video, both.audio, unperturbed))
 
 
-def with_memory(model: Any) -> Any:
+def _with_memory(model: Any) -> Any:
     """The model, if every tensor of it has memory. Raises SystemExit otherwise."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [name for name, tensor in tensors if tensor.is_meta]
