@@ -232,17 +232,26 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     with torch.no_grad():
         rows = checked(setting, options.modes)
         if options.guided or options.profile:
-            clean(setting.device)
-            model = random_transformer(setting.model, setting.device)
+            rows += several_passes_and_profile(setting, options)
             if options.guided:
-                rows += guided(setting, model)
                 save(options, f"{options.name}_guided", rows)
-            if options.profile:
-                path = None if options.tiny else options.out / f"{options.name}_profile.txt"
-                profile(f"{setting.guided}: ours exact", own_step(setting, model, setting.guided), setting.device, path)
         elif not options.check:
             rows += compare(setting, options.modes, peers).rows(full_size=not options.tiny and not options.layers)
             save(options, options.name, rows, peers)
+    return rows
+
+
+def several_passes_and_profile(setting: Setting, options: argparse.Namespace) -> list[Row]:
+    clean(setting.device)
+    model, rows = random_transformer(setting.model, setting.device), []
+    for mode in options.modes:
+        numerics()[mode](model)
+        if options.guided:
+            rows += guided(setting, model, f"{OURS} {mode}")
+        if options.profile:
+            path = None if options.tiny else options.out / f"{options.name}_profile_{mode}.txt"
+            step = own_step(setting, model, setting.guided)
+            profile(f"{setting.guided}: {OURS} {mode}", step, setting.device, path)
     return rows
 
 

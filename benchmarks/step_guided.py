@@ -18,12 +18,13 @@ from step_check import WrongResult, refuse_unless_finite
 from timing import Measured, allocated, clean
 
 
-def guided(setting: Any, model: Transformer) -> Iterator[Row]:
-    """Rows of guided steps. setting: of bench_step.py. Raises WrongResult where passes are not what they should be."""
+def guided(setting: Any, model: Transformer, who: str) -> Iterator[Row]:
+    """Rows of guided steps. setting: of bench_step.py. who: begins the names. Raises WrongResult where passes are not what they should be."""
     weights = allocated(setting.device)
     four = preset("guided 2.3/2.5", (setting.stg_block,))
-    yield from compared(setting, model, setting.guided, "guided", four, ("split",), weights, "<= 3.5")
-    yield from compared(setting, model, setting.stage_1, "HQ, stage 1", preset("hq"), ("split", "batched"), weights)
+    hq = preset("hq")
+    yield from compared(setting, model, setting.guided, f"{who}, guided", four, ("split",), weights, "<= 3.5")
+    yield from compared(setting, model, setting.stage_1, f"{who}, HQ stage 1", hq, ("split", "batched"), weights)
 
 
 def preset(name: str, stg_blocks: tuple[int, ...] = ()) -> StreamGuidance:
@@ -44,7 +45,7 @@ def compared(
     bar: str = "",
 ) -> Iterator[Row]:
     passes = len(plan_passes(AV(guidance, guidance)))
-    wanted: dict[str, tuple[StreamGuidance, str]] = {"one forward": (PLAIN, "split")}
+    wanted: dict[str, tuple[StreamGuidance, str]] = {f"{name}, one forward": (PLAIN, "split")}
     wanted |= {f"{name}, {passes} passes, {kind}": (guidance, kind) for kind in evaluations}
     measured: dict[str, Measured] = {}
     first: list[torch.Tensor] = []
@@ -58,6 +59,6 @@ def compared(
         if kind == "split" and not all(map(torch.equal, first, output[:2])):
             raise WrongResult(f"{what}: its first pass is not the plain forward: no figures")
         yield from measured[what].rows(f"{shape}: {what}")
-    alone = measured.pop("one forward").median
+    alone = measured.pop(f"{name}, one forward").median
     for what, one in measured.items():
         yield Row(f"{shape}: {what} / one forward", one.median / alone, "1", bar)
