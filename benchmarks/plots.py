@@ -51,6 +51,11 @@ def plot_steps(curves: Curves, title: str, path: Path) -> None:
             *zip(*points, strict=True), marker="o", label=who, linewidth=2 if own else 1.2, ls="-" if own else "--"
         )
     axes.set(xscale="log", yscale="log", xlabel="video tokens", ylabel="milliseconds", title=title)
+    for axis, marks in ((axes.xaxis, sorted({x for points in curves.values() for x, _ in points})), (axes.yaxis, None)):
+        if marks:
+            axis.set_ticks(marks)
+        axis.set_major_formatter("{x:.0f}")
+        axis.set_minor_formatter("" if marks else "{x:.0f}")
     axes.grid(which="both", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -59,13 +64,17 @@ def plot_steps(curves: Curves, title: str, path: Path) -> None:
 def plot_shares(values: dict[str, float], title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.2 + 0.24 * len(values)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.2 * len(values)), layout="constrained")
     axes = figure.subplots()
-    names = list(values)[::-1]
-    axes.barh(names, [values[name] for name in names])
+    for size in dict.fromkeys(name.rpartition(": ")[2] for name in values):
+        own = [name for name in values if name.endswith(f": {size}")]
+        axes.barh([list(values).index(name) for name in own], [values[name] for name in own], label=size)
+    axes.set_yticks(range(len(values)), [name.rpartition(": ")[0] for name in values], fontsize=7)
+    axes.set_ylim(len(values) - 0.5, -0.5)
     axes.axvline(1.0, color="black", linewidth=1)
-    axes.set(xlabel="share of the bandwidth of a copy", title=title)
-    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("share of the bandwidth of a copy")
+    axes.legend(fontsize=7)
+    figure.suptitle(title)
     figure.savefig(path, dpi=150)
 
 
