@@ -30,7 +30,7 @@ from ltx2_engine.ltx2_core.vae.tiling import TilePlan, decode, plan_decode
 from own_model import DTYPE, drawing, fill
 from report import Row, write
 from shapes import LARGE, MIDDLE, TINY, Shape
-from step_check import WrongResult
+from step_check import WrongResult, lowest
 from step_peers import installed
 from timing import GIB, Measured, Stopwatch, allocated, clean, default_device
 from torch import Tensor
@@ -102,7 +102,7 @@ def compared(setting: Setting, decoder: Any, shape: Shape) -> Iterator[Row]:
 
 def _alike(what: str, got: Tensor, want: Tensor) -> Row:
     # a frame at a time: in float64 a whole clip takes gigabytes
-    alike = min(cosine(a, b) for a, b in zip(got.unbind(2), want.unbind(2), strict=True))
+    alike = lowest([cosine(a, b) for a, b in zip(got.unbind(2), want.unbind(2), strict=True)])
     if not alike >= LEAST_COSINE:
         raise WrongResult(f"{what} is {alike:.6f}, at least {LEAST_COSINE}: no figures")
     return Row(f"{what}, worst frame", alike, "1", f">= {LEAST_COSINE}")

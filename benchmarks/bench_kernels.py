@@ -26,6 +26,7 @@ from typing import Any
 import kernel_table
 import pack  # noqa: F401
 import torch
+from kernel_products import products
 from kernel_table import (
     SIZES,
     TINY_PICTURE,
@@ -69,9 +70,9 @@ class Refused(Exception):
 
 
 def operations() -> dict[str, Any]:
-    """The fused operations by name; each has ``definition``, ``twin``, ``contract`` and ``warm_up``."""
+    """The operations by name; each has ``definition``, ``twin``, ``contract`` and ``warm_up``."""
     dispatch = getattr(kernels, "dispatch", None)
-    return {} if dispatch is None else dict(dispatch.OPERATIONS)
+    return {} if dispatch is None else dispatch.OPERATIONS | products()
 
 
 def check(operation: Any, make: Callable[[], Arguments]) -> bool:

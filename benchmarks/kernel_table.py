@@ -8,6 +8,7 @@ from typing import Any
 
 import pack  # noqa: F401
 import torch
+from kernel_products import both_widths, linear
 from ltx2_engine import kernels
 from own_model import Draw
 from shapes import MIDDLE, SMALL
@@ -175,6 +176,14 @@ def unfolded(size: Picture, draw: Draw, skip: bool = False) -> Arguments:
     return (x, stride, draw(1, 4 * size.channels, *coarse) if skip else None), {}
 
 
+def products_of(make: Callable[..., tuple], wider: int, out: int) -> dict[str, Any]:
+    """A linear layer from ``wider`` times to ``out`` times the width of the tokens."""
+    return {
+        "make": lambda size, draw: (make(size.tokens, wider * size.width, out * size.width, draw), {}),
+        "flop": lambda size: 2.0 * size.tokens * wider * out * size.width**2,
+    }
+
+
 RNM = "residual_norm_modulate"
 VARIANTS = (
     Variant(RNM, "norm, modulate", norm),
@@ -193,6 +202,10 @@ VARIANTS = (
     Variant("head_gate", "quantize", lambda size, draw: gates(size, draw, quantize=True)),
     Variant("gelu_quantize", "4 x width", lambda size, draw: ((tokens(size, draw, 4),), {})),
     Variant("quantize_rows", "", lambda size, draw: ((tokens(size, draw),), {})),
+    Variant("gelu_linear", "to 4 x width", **products_of(linear, 1, 4)),
+    Variant("fp8_linear", "beside bfloat16", **products_of(both_widths, 1, 1)),
+    Variant("fp8_linear", "to 4 x width, beside bfloat16", **products_of(both_widths, 1, 4)),
+    Variant("fp8_linear", "from 4 x width, beside bfloat16", **products_of(both_widths, 4, 1)),
     Variant("guidance_combine", "4 passes, 128 wide", passes),
     Variant("res2s_update", "float64, 128 wide", renoising),
     Variant("pixel_norm_silu", "", norm_silu, (FINEST, COARSER)),

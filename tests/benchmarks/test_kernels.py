@@ -86,6 +86,18 @@ def test_broadcast_and_shared_memory_is_counted_once(table):
     assert table.moved_bytes(((x, out), {}), out) == 4 * (96 + 96)
 
 
+def test_a_product_is_right_within_its_noise(module):
+    products = module("kernel_products")
+    product = products.Product("a product", None, None, 0.998)
+    x = torch.randn(1, 64, 64)
+    assert product.difference(x, x + 0.03 * torch.randn(x.shape)) is None
+    assert product.difference(x, x.roll(1, 0) + 0.3 * torch.randn(x.shape)).startswith("cosine 0.9")
+    late = x.expand(1, 64, 64).repeat(1, 20, 1)
+    spoilt = late.clone()
+    spoilt[0, -1, -1] = float("nan")
+    assert product.difference(late, spoilt) == "cosine nan, at least 0.998"
+
+
 def test_every_variant_fits_its_operation_and_moves_what_the_formula_says(bench, table):
     operations = bench.operations()
     if not operations:
