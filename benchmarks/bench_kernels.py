@@ -92,6 +92,22 @@ def check(operation: Any, make: Callable[[], Arguments]) -> bool:
     return True
 
 
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` as a graph; as it is where it cannot be one, which adds what the host takes."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            results = run()
+    except RuntimeError as error:
+        print(f"cannot be captured, so calls are issued one by one: {str(error).splitlines()[0]}")
+        return run
+
+    def replay(_keep: Any = results) -> None:
+        graph.replay()
+
+    return replay
+
+
 def measured(setting: Setting, run: Callable[..., Any], sets: Sequence[Arguments]) -> tuple[float, float]:
     """Microseconds of a call on the device, and of issuing it; each call takes the next set."""
 
@@ -104,19 +120,13 @@ def measured(setting: Setting, run: Callable[..., Any], sets: Sequence[Arguments
     all_sets()
     issued = time.perf_counter() - start
     settle(setting.device)
-    replay, results = all_sets, None
-    if setting.device.type == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = all_sets()
-        replay = graph.replay
+    replay = captured(all_sets) if setting.device.type == "cuda" else all_sets
     replay()
     marks = [mark(setting.device)]
     for _ in range(setting.replays):
         replay()
         marks.append(mark(setting.device))
     settle(setting.device)
-    del results
     each = median(milliseconds(*both) for both in pairwise(marks))
     return each * 1000 / len(sets), issued * 1e6 / len(sets)
 

@@ -118,8 +118,11 @@ def _with_memory(model: Any) -> Any:
 
 def stand_in_for_torchaudio() -> None:
     """ltx-core imports torchaudio for its mel front end only, and it cannot be loaded beside every build of torch."""
-    import diffusers  # noqa: F401  they ask what is installed when they are imported
+    # these ask what is installed when they are imported
     import transformers  # noqa: F401
+
+    if installed("diffusers"):
+        import diffusers  # noqa: F401
 
     try:
         import torchaudio  # noqa: F401
