@@ -19,8 +19,9 @@ import pack  # noqa: F401
 import torch
 from report import write
 from stream_memory import memory
-from stream_setting import CHECK, clean, full_size, tiny
+from stream_setting import CHECK, full_size, tiny
 from stream_steps import steps
+from timing import clean
 
 PARTS = {"steps": steps, "memory": memory}
 

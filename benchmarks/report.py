@@ -68,9 +68,12 @@ def _command() -> str:
 
 
 def _version(package: str) -> str:
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    return version(package)
+    try:
+        return version(package)
+    except PackageNotFoundError:  # figures are not lost over a package without its metadata
+        return "unknown"
 
 
 def table(path: pathlib.Path) -> str:

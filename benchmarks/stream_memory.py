@@ -20,9 +20,11 @@ from ltx2_engine.ltx2_core.preflight import open_files
 from ltx2_engine.ltx2_core.sampling.choice import SamplerChoice
 from ltx2_engine.ltx2_core.shapes import ClipShape
 from ltx2_engine.ltx2_core.text.context import Context
+from own_model import PLAIN, Output, random_prompt
 from random_model import random_weights
 from report import Row
-from stream_setting import CHECK, GIB, PLAIN, TEXT, Output, Setting, clean, named, same_bits, widths
+from stream_setting import CHECK, Setting, named, same_bits
+from timing import GIB, clean
 
 RUNS_IN_A_ROW = 5
 
@@ -109,7 +111,7 @@ def under_limit(
 
 
 def job_of(setting: Setting, clip: ClipShape, num_steps: int) -> SampleJob:
-    context = Context(widths(setting).map(lambda width: setting.random(1, TEXT, width).cpu()))
+    context = Context(random_prompt(setting.model, setting.random).map(lambda features: features.cpu()))
     sigmas = tuple(torch.linspace(1, 0, num_steps + 1).tolist())
     return SampleJob(AVLatent(clip), context, None, AV(PLAIN, PLAIN), sigmas, SamplerChoice("euler"), seed=1)
 

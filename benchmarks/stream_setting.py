@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +9,17 @@ from typing import Any
 
 import pack  # noqa: F401
 import torch
-from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.config.released import released_config
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance
 from ltx2_engine.ltx2_core.shapes import ClipShape
 from ltx2_engine.ltx2_core.tiny import tiny_config, write_tiny_set
+from own_model import Draw, Output, drawing
 from random_model import write_full_size
 from report import Row
-from torch import Tensor
+from timing import GIB
 
-GIB = 1 << 30
-TEXT = 1024  # tokens of a prompt
-DTYPE = torch.bfloat16
-PLAIN = StreamGuidance()
 CHECK = "1 = yes"
-
-Output = list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,10 +49,9 @@ class Setting:
     def guided(self) -> StreamGuidance:
         return StreamGuidance(cfg=3.0, stg=1.0, modality=3.0, rescale=0.7, stg_blocks=(self.stg_block,))
 
-    def random(self, *shape: int) -> Tensor:
-        """The same values for the same shape."""
-        generator = torch.Generator(self.device).manual_seed(1)
-        return torch.randn(*shape, generator=generator, device=self.device, dtype=DTYPE)
+    @property
+    def random(self) -> Draw:
+        return drawing(self.device)
 
 
 def full_size(layers: int | None, rounds: int) -> Setting:
@@ -112,23 +104,9 @@ def named(clip: ClipShape) -> str:
     return f"{clip.height}x{clip.width}x{clip.frames}"
 
 
-def widths(setting: Setting) -> AV[int]:
-    """Of the text features that the transformer takes."""
-    config = setting.model.transformer
-    return config.streams.map(lambda own: config.caption_channels or own.context_dim)
-
-
 def same_bits(what: str, given: Sequence[Sequence[Output]]) -> Row:
     """Whether all outputs of all runs are the same numbers."""
     first, *others = (output for outputs in given for output in outputs)
     finite = all(part.isfinite().all() for part in first)
     equal = all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
     return Row(f"{what}: finite, streamed and resident equal bit for bit", float(finite and equal), CHECK, "1")
-
-
-def clean(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)

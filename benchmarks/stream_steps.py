@@ -13,8 +13,6 @@ from typing import Any
 import pack  # noqa: F401
 import torch
 from ltx2_engine.ltx2_core.av import AV
-from ltx2_engine.ltx2_core.conditioning import state as tokens
-from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
 from ltx2_engine.ltx2_core.loading.arena import Arena
 from ltx2_engine.ltx2_core.loading.linear import LowRank, PackedLinear, put
 from ltx2_engine.ltx2_core.memory_plan import SLOTS
@@ -23,9 +21,11 @@ from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
 from ltx2_engine.ltx2_core.shapes import ClipShape
 from ltx2_engine.ltx2_core.streaming import BlockStream
 from ltx2_engine.ltx2_core.transformer.model import Transformer
+from own_model import DTYPE, PLAIN, random_transformer, step_of
 from random_model import STD
 from report import Row
-from stream_setting import DTYPE, PLAIN, TEXT, Output, Setting, named, same_bits, widths
+from stream_setting import Setting, named, same_bits
+from timing import mark, milliseconds, settle
 from torch import Tensor, nn
 
 RANK = 384
@@ -33,7 +33,7 @@ RANK = 384
 
 def steps(setting: Setting) -> Iterator[Row]:
     """Resident and streamed steps of one model."""
-    resident = resident_model(setting)
+    resident = random_transformer(setting.model, setting.device)
     hosted = HostedBlocks(setting, resident)
     yield Row("blocks to host memory", hosted.seconds, "s")
     try:
@@ -45,15 +45,6 @@ def steps(setting: Setting) -> Iterator[Row]:
     finally:
         hosted.close()
     yield from branches(setting, resident)
-
-
-def resident_model(setting: Setting) -> Transformer:
-    model = build_on_meta("transformer", setting.model).to(DTYPE).requires_grad_(False)
-    model.to_empty(device=setting.device)
-    generator = torch.Generator(setting.device).manual_seed(0)
-    for parameter in model.parameters():
-        parameter.normal_(0, STD, generator=generator)
-    return model
 
 
 def twin(model: nn.Module) -> Any:
@@ -116,19 +107,6 @@ class Streamed:
         self.stream.close()
 
 
-def step_of(setting: Setting, model: Transformer, clip: ClipShape, guidance: StreamGuidance) -> Callable[[], Output]:
-    """One evaluation of all passes of a step, split; gives every velocity."""
-    video_vae, audio_vae = setting.model.video_vae, setting.model.audio_vae
-    video = setting.random(1, video_vae.latent_channels, *clip.grid)
-    audio = setting.random(1, audio_vae.latent_channels, clip.audio_latents, audio_vae.latent_mel_bins)
-    states = AV(tokens.video_state(video, clip), tokens.audio_state(audio))
-    x = states.map(lambda state: state.latent)
-    prompt = widths(setting).map(lambda width: setting.random(1, TEXT, width))
-    passes = plan_passes(AV(guidance, guidance))
-    evaluate = EVALUATIONS["split"](model, states, passes, prompt, prompt.map(torch.neg), lambda: None)
-    return lambda: [part for velocity in evaluate(x, 0.7, AV(True, True)) for part in velocity.present()]
-
-
 def compared(
     setting: Setting,
     resident: Transformer,
@@ -140,7 +118,7 @@ def compared(
 ) -> Iterator[Row]:
     passes = len(plan_passes(AV(guidance)))
     what = f"{named(clip)}, {passes} pass{'es' if passes > 1 else ''}"
-    runs = [step_of(setting, one, clip, guidance) for one in (resident, model)]
+    runs = [step_of(setting.model, one, clip, setting.random, guidance) for one in (resident, model)]
     (alone, streamed), given = take_turns(setting, runs, warm=warm)
     yield Row(f"{what}: step, resident", alone, "ms")
     yield Row(f"{what}: step, streamed", streamed, "ms")
@@ -155,9 +133,9 @@ def against_link(
     clip, total = setting.small, len(resident.blocks)
     size = sum(hosted.arenas[number].size_bytes for number in chosen)
     copies = hosted.copy_once(setting, chosen)
-    plain = step_of(setting, resident, clip, PLAIN)
+    plain = step_of(setting.model, resident, clip, setting.random)
     with hosted.streamed(setting, resident, chosen) as model:
-        (alone, streamed), given = take_turns(setting, [plain, step_of(setting, model, clip, PLAIN)])
+        (alone, streamed), given = take_turns(setting, [plain, step_of(setting.model, model, clip, setting.random)])
     what = named(clip)
     yield Row(f"{what}: streamed blocks", len(chosen), f"of {total}")
     yield Row(f"{what}: copied in a step", size / 1e9, "GB")
@@ -170,7 +148,7 @@ def against_link(
     spread = [number for number in range(total) if (number + 1) * len(chosen) // total > number * len(chosen) // total]
     for how, numbers in (("as many blocks, spread evenly", spread), ("every block", range(total))):
         with hosted.streamed(setting, resident, numbers) as model:
-            (streamed,), given = take_turns(setting, [step_of(setting, model, clip, PLAIN)])
+            (streamed,), given = take_turns(setting, [step_of(setting.model, model, clip, setting.random)])
         floor = max(copies * len(numbers) / len(chosen), alone)
         yield Row(f"{what}: step, streamed, {how}", streamed, "ms")
         yield Row(f"{what}: streamed / max(copies, resident), {how}", streamed / floor, "1")
@@ -183,7 +161,7 @@ def branches(setting: Setting, resident: Transformer) -> Iterator[Row]:
     for block in beside.blocks:
         for name, linear in [(name, part) for name, part in block.named_modules() if isinstance(part, nn.Linear)]:
             put(block, name, with_branch(setting, linear, next(numbers)))
-    runs = [step_of(setting, model, setting.large, PLAIN) for model in (resident, beside)]
+    runs = [step_of(setting.model, model, setting.large, setting.random) for model in (resident, beside)]
     (merged, slower), (_, outputs) = take_turns(setting, runs, warm=1)
     assert all(part.isfinite().all() for part in outputs[0])
     what = f"{named(setting.large)}, LoRA of rank {RANK}"
@@ -206,24 +184,6 @@ def with_branch(setting: Setting, linear: nn.Linear, seed: int) -> PackedLinear:
 
 
 # timing ---------------------------------------------------------------------------------------------------------------
-
-
-def mark(device: torch.device) -> Any:
-    """A point in the device's work."""
-    if device.type == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def milliseconds(before: Any, after: Any) -> float:
-    return (after - before) * 1000 if isinstance(before, float) else before.elapsed_time(after)
-
-
-def settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def take_turns(

@@ -1,0 +1,112 @@
+"""Our transformer with random weights, its evaluations as sampling runs them, and the ways in which it computes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pack  # noqa: F401
+import torch
+from ltx2_engine import kernels
+from ltx2_engine.ltx2_core.av import AV
+from ltx2_engine.ltx2_core.conditioning import state as tokens
+from ltx2_engine.ltx2_core.conditioning.state import LatentState
+from ltx2_engine.ltx2_core.config.model import ModelConfig
+from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
+from ltx2_engine.ltx2_core.networks import build_on_meta
+from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
+from ltx2_engine.ltx2_core.shapes import ClipShape
+from ltx2_engine.ltx2_core.transformer.model import Transformer
+from random_model import STD
+from shapes import TEXT_TOKENS
+from torch import Tensor, nn
+
+DTYPE = torch.bfloat16
+SIGMA = 0.7
+PLAIN = StreamGuidance()
+NORMS = ("q_norm.weight", "k_norm.weight", "norm_q.weight", "norm_k.weight")
+
+Output = list[Tensor]
+Draw = Callable[..., Tensor]
+
+
+def fill(model: nn.Module, device: torch.device, dtype: torch.dtype = DTYPE) -> Any:
+    """Give a module without memory random weights, those of query and key norms and what divides latents around 1."""
+    model = model.to(dtype).requires_grad_(False).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        near_one = name.endswith((*NORMS, "std-of-means", "latents_std"))
+        tensor.normal_(float(near_one), STD, generator=generator)
+    return model
+
+
+def random_transformer(config: ModelConfig, device: torch.device) -> Transformer:
+    return fill(build_on_meta("transformer", config), device)
+
+
+def drawing(device: torch.device, dtype: torch.dtype = DTYPE) -> Draw:
+    """A function from shapes to values N(0, 1) rounded to bfloat16, the same ones for the same shape."""
+
+    def draw(*shape: int) -> Tensor:
+        generator = torch.Generator(device).manual_seed(1)
+        return torch.randn(*shape, generator=generator, device=device, dtype=DTYPE).to(dtype)
+
+    return draw
+
+
+def text_widths(config: ModelConfig) -> AV[int]:
+    """Of the text features that the transformer takes."""
+    transformer = config.transformer
+    return transformer.streams.map(lambda own: transformer.caption_channels or own.context_dim)
+
+
+def random_states(config: ModelConfig, clip: ClipShape, draw: Draw) -> AV[LatentState]:
+    video, audio = config.video_vae, config.audio_vae
+    return AV(
+        tokens.video_state(draw(1, video.latent_channels, *clip.grid), clip),
+        tokens.audio_state(draw(1, audio.latent_channels, clip.audio_latents, audio.latent_mel_bins)),
+    )
+
+
+def random_prompt(config: ModelConfig, draw: Draw) -> AV[Tensor]:
+    return text_widths(config).map(lambda width: draw(1, TEXT_TOKENS, width))
+
+
+def step_of(
+    config: ModelConfig,
+    model: Transformer,
+    clip: ClipShape,
+    draw: Draw,
+    guidance: StreamGuidance = PLAIN,
+    evaluation: str = "split",
+) -> Callable[[], Output]:
+    """One evaluation of all passes of a step, as the samplers call it; gives every velocity."""
+    states, prompt = random_states(config, clip, draw), random_prompt(config, draw)
+    x = states.map(lambda state: state.latent)
+    passes = plan_passes(AV(guidance, guidance))
+    evaluate = EVALUATIONS[evaluation](model, states, passes, prompt, prompt.map(torch.neg), lambda: None)
+    return lambda: [part for velocity in evaluate(x, SIGMA, AV(True, True)) for part in velocity.present()]
+
+
+def numerics() -> dict[str, Callable[[Transformer], Any]]:
+    """The transformer's numerics by name, each with what puts a model into it. The last ones may change weights."""
+    modes: dict[str, Callable[[Transformer], Any]] = {"exact": lambda model: None}
+    for name in ("fast", "fp8"):
+        if name in getattr(Transformer, "NUMERICS", ()):
+            modes[name] = lambda model, name=name: model.use_numerics(name)
+    return modes
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Inside the block, every operation runs its definition in torch, as with LTX2_KERNELS=torch."""
+    dispatch = getattr(kernels, "dispatch", None)
+    operations = [] if dispatch is None else list(dispatch.OPERATIONS.values())
+    for operation in operations:
+        operation.switch_off("benchmark of plain torch")
+    try:
+        yield
+    finally:
+        for operation in operations:
+            operation.reset()

@@ -1,0 +1,64 @@
+"""Steps of several guidance passes, as the engine evaluates them, against one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pack  # noqa: F401
+import torch
+from ltx2_engine.ltx2_core.av import AV
+from ltx2_engine.ltx2_core.presets import GUIDANCE_PRESETS
+from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
+from ltx2_engine.ltx2_core.transformer.model import Transformer
+from own_model import PLAIN, drawing, step_of
+from report import Row
+from shapes import Shape
+from step_check import WrongResult, refuse_unless_finite
+from timing import Measured, allocated, clean
+
+
+def guided(setting: Any, model: Transformer, who: str) -> Iterator[Row]:
+    """Rows of guided steps. setting: of bench_step.py. who: begins the names. Raises WrongResult where passes are not what they should be."""
+    weights = allocated(setting.device)
+    four = preset("guided 2.3/2.5", (setting.stg_block,))
+    hq = preset("hq")
+    yield from compared(setting, model, setting.guided, f"{who}, guided", four, ("split",), weights, "<= 3.5")
+    yield from compared(setting, model, setting.stage_1, f"{who}, HQ stage 1", hq, ("split", "batched"), weights)
+
+
+def preset(name: str, stg_blocks: tuple[int, ...] = ()) -> StreamGuidance:
+    """What a preset asks of video."""
+    values = GUIDANCE_PRESETS[name]
+    strengths = {key: float(values[f"video_{key}"]) for key in ("cfg", "stg", "modality", "rescale")}
+    return StreamGuidance(**strengths, stg_blocks=stg_blocks)
+
+
+def compared(
+    setting: Any,
+    model: Transformer,
+    shape: Shape,
+    name: str,
+    guidance: StreamGuidance,
+    evaluations: tuple[str, ...],
+    weights: int,
+    bar: str = "",
+) -> Iterator[Row]:
+    passes = len(plan_passes(AV(guidance, guidance)))
+    wanted: dict[str, tuple[StreamGuidance, str]] = {f"{name}, one forward": (PLAIN, "split")}
+    wanted |= {f"{name}, {passes} passes, {kind}": (guidance, kind) for kind in evaluations}
+    measured: dict[str, Measured] = {}
+    first: list[torch.Tensor] = []
+    for what, (strengths, kind) in wanted.items():
+        clean(setting.device)
+        run = step_of(setting.model, model, shape.clip, drawing(setting.device), strengths, kind)
+        measured[what], output = setting.watch.measure(run, weights)
+        refuse_unless_finite(what, output)
+        first = first or output
+        # every evaluation gives the unperturbed pass first
+        if kind == "split" and not all(map(torch.equal, first, output[:2])):
+            raise WrongResult(f"{what}: its first pass is not the plain forward: no figures")
+        yield from measured[what].rows(f"{shape}: {what}")
+    alone = measured.pop(f"{name}, one forward").median
+    for what, one in measured.items():
+        yield Row(f"{shape}: {what} / one forward", one.median / alone, "1", bar)
