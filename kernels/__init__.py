@@ -4,8 +4,8 @@ Some have a twin, a fused Triton kernel with the same result (``dispatch.py``, d
 """
 
 from .depth_to_space import depth_to_space
+from .dispatch import runs_fused
 from .fp8_linear import fp8_linear
-from .gate_residual import gate_residual
 from .gelu_linear import gelu_linear
 from .guidance_combine import guidance_combine
 from .head_gate import head_gate
@@ -15,7 +15,6 @@ from .quantize import gelu_quantize, quantize_rows
 from .quantized import Quantized
 from .res2s_update import res2s_update
 from .residual_norm_modulate import residual_norm_modulate
-from .rms_modulate import rms_modulate
 from .rotary import apply_split_rotary, norm_rotary, qk_norm_rotary
 from .rows import Rows
 
@@ -25,7 +24,6 @@ __all__ = [
     "apply_split_rotary",
     "depth_to_space",
     "fp8_linear",
-    "gate_residual",
     "gelu_linear",
     "gelu_quantize",
     "guidance_combine",
@@ -36,6 +34,6 @@ __all__ = [
     "quantize_rows",
     "res2s_update",
     "residual_norm_modulate",
-    "rms_modulate",
+    "runs_fused",
     "wide",
 ]

@@ -199,6 +199,11 @@ def statistics() -> dict[str, dict[str, int]]:
     return {name: dict(op.counts) for name, op in OPERATIONS.items()}
 
 
+def runs_fused(device: torch.device) -> bool:
+    """Whether twins run on the device, as far as that depends on the device."""
+    return refusal(device) is None
+
+
 def refusal(device: torch.device) -> str | None:
     """Why no twin runs on the device, or None."""
     if device.type != "cuda":

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import runs_fused
 from ..kernels.packed import UNPACK_BYTES
 from .av import AV
 from .component import Component
