@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...kernels import head_gate, norm_rotary, qk_norm_rotary
 from .attend import attend
-from .projections import project
+from .projections import Tokens, apply, for_linear, project, reads_rows
 from .rope import Rotary
 
 # Whether an attention is computed: for all samples, for none, or per sample ([B, 1, 1], 1 = computed).
@@ -28,7 +28,7 @@ class Attention(nn.Module):
     """Multi-head attention with query and key norms over all heads jointly (ltx-core 1.2).
 
     query_dim, context_dim: widths of the two inputs; the inner width is ``heads * head_dim``.
-    gated: scale every head's output by ``2 * sigmoid(to_gate_logits(x))``. fast: round less often than the reference.
+    gated: scale every head's output by ``2 * sigmoid(to_gate_logits(x))``. ``fast``: round less often than the reference.
     """
 
     # weights that lie end to end where a block has one piece of memory
@@ -43,11 +43,10 @@ class Attention(nn.Module):
         *,
         gated: bool,
         eps: float,
-        fast: bool = False,
     ):
         super().__init__()
         inner = heads * head_dim
-        self.heads, self.eps, self.fast = heads, eps, fast
+        self.heads, self.eps, self.fast = heads, eps, False
         self.to_q = nn.Linear(query_dim, inner)
         self.to_k = nn.Linear(context_dim, inner)
         self.to_v = nn.Linear(context_dim, inner)
@@ -56,15 +55,20 @@ class Attention(nn.Module):
         self.to_gate_logits = nn.Linear(query_dim, heads) if gated else None
         self.to_out = nn.ModuleList([nn.Linear(inner, query_dim)])
 
-    def attend_self(self, x: Tensor, rotary: Rotary, *, bias: Tensor | None = None, keep: Keep = True) -> Tensor:
-        """Attention among tokens. x: [B, T, query_dim]; returns the same shape.
+    @property
+    def reads_rows(self) -> bool:
+        """Whether queries are computed from tokens in eight bits."""
+        return reads_rows(self.to_q)
+
+    def attend_self(self, x: Tokens, rotary: Rotary, *, bias: Tensor | None = None, keep: Keep = True) -> Tensor:
+        """Attention among tokens [B, T, query_dim]; returns the same shape.
 
         bias: additive, broadcastable to [B, H, T, T]. keep: where False, the value projection passes in place of the
         attention.
         """
-        return self._output(self.to_v(x) if keep is False else self._among(x, rotary, bias, keep), x)
+        return self._output(apply(self.to_v, x) if keep is False else self._among(x, rotary, bias, keep), x)
 
-    def _among(self, x: Tensor, rotary: Rotary, bias: Tensor | None, keep: Tensor | bool) -> Tensor:
+    def _among(self, x: Tokens, rotary: Rotary, bias: Tensor | None, keep: Tensor | bool) -> Tensor:
         """Self attention before gates and output, [B, T, heads * head_dim]. What it makes goes when it returns."""
         q, k, values = project(x, (self.to_q, self.to_k, self.to_v))
         weights = self.q_norm.weight, self.k_norm.weight
@@ -73,19 +77,19 @@ class Attention(nn.Module):
         del q, k
         return out.mul_(keep).add_(values * (1 - keep)) if isinstance(keep, Tensor) else out
 
-    def keys_values(self, context: Tensor, rotary: Rotary | None = None) -> KeysValues:
+    def keys_values(self, context: Tokens, rotary: Rotary | None = None) -> KeysValues:
         """What ``attend_to`` reads of the tokens of a context [B, S, context_dim]."""
         k, values = project(context, (self.to_k, self.to_v))
         return KeysValues(self._normed(k, self.k_norm, rotary), values)
 
     def attend_to(
-        self, context: KeysValues, x: Tensor, rotary: Rotary | None = None, *, bias: Tensor | None = None
+        self, context: KeysValues, x: Tokens, rotary: Rotary | None = None, *, bias: Tensor | None = None
     ) -> Tensor:
         """Attention of the tokens x [B, T, query_dim] to others; returns their shape.
 
         bias: additive, broadcastable to [B, H, T, S].
         """
-        return self._output(self._softmax(self._normed(self.to_q(x), self.q_norm, rotary), context, bias), x)
+        return self._output(self._softmax(self._normed(apply(self.to_q, x), self.q_norm, rotary), context, bias), x)
 
     def _normed(self, x: Tensor, norm: nn.RMSNorm, rotary: Rotary | None) -> Tensor:
         if rotary is None:
@@ -96,8 +100,12 @@ class Attention(nn.Module):
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, context.keys, context.values))
         return attend(q, k, v, bias).transpose(1, 2).flatten(2)
 
-    def _output(self, out: Tensor, x: Tensor) -> Tensor:
+    def _output(self, out: Tensor, x: Tokens) -> Tensor:
         """Head gates and output projection. out: [B, T, heads * head_dim]; x: the tokens that the gates are read from."""
-        if self.to_gate_logits is not None:
-            out = head_gate(out, self.to_gate_logits(x), fast=self.fast)
-        return self.to_out[0](out)
+        linear = self.to_out[0]
+        if self.to_gate_logits is None:
+            return apply(linear, for_linear(out, linear))
+        logits = self.to_gate_logits(x.plain)
+        if reads_rows(linear):
+            return apply(linear, Tokens(*head_gate(out, logits, fast=self.fast, quantize=True)))
+        return linear(head_gate(out, logits, fast=self.fast))

@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ...kernels import Rows, gelu_linear, residual_norm_modulate
+from ...kernels import Rows, gelu_linear, gelu_quantize, residual_norm_modulate
 from ..av import AV
 from ..config.transformer import StreamConfig, TransformerConfig
 from .adaln import Modulation
 from .attention import Attention, Keep, KeysValues
 from .inputs import BlockKeep, StreamInput
+from .projections import Tokens, apply, for_linear, reads_rows
 
 # Rows of scale_shift_table and of the matching adaLN rows: shift, scale, gate of each branch.
 SELF_ROWS, FF_ROWS, TEXT_ROWS = (0, 1, 2), (3, 4, 5), (6, 7, 8)
@@ -50,9 +51,9 @@ class _Read:
     """
 
     x: Tensor
-    query: Tensor | None = None
-    context: Tensor | None = None
-    hidden: Tensor | None = None
+    query: Tokens | None = None
+    context: Tokens | None = None
+    hidden: Tokens | None = None
 
 
 # by the identity of the pair of states
@@ -62,17 +63,28 @@ Texts = dict[int, AV[KeysValues]]
 class FeedForward(nn.Module):
     """Linear to 4 times the width, tanh-approximated GELU, linear back. fast: the GELU reads unrounded sums."""
 
-    def __init__(self, dim: int, *, bias: bool, fast: bool = False):
+    def __init__(self, dim: int, *, bias: bool):
         super().__init__()
-        self.fast = fast
+        self.fast = False
         self.net = nn.ModuleList([_Projection(dim, 4 * dim, bias), nn.Identity(), nn.Linear(4 * dim, dim, bias=bias)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it is computed from tokens in eight bits."""
+        return reads_rows(self.net[0].proj)
+
+    def forward(self, x: Tokens) -> Tensor:
+        return apply(self.net[2], self._hidden(x))
+
+    def _hidden(self, x: Tokens) -> Tokens:
         linear = self.net[0].proj
         if self.fast and type(linear) is nn.Linear:
-            return self.net[2](gelu_linear(x, linear.weight, linear.bias, fast=True))
+            return for_linear(gelu_linear(x.plain, linear.weight, linear.bias, fast=True), self.net[2])
+        hidden = apply(linear, x)
+        if reads_rows(self.net[2]):
+            return Tokens(hidden, gelu_quantize(hidden))
         # in place: the hidden layer is the largest tensor of a block
-        return self.net[2](torch.ops.aten.gelu_(linear(x), approximate="tanh"))
+        return Tokens(torch.ops.aten.gelu_(hidden, approximate="tanh"))
 
 
 class _Projection(nn.Module):
@@ -94,18 +106,16 @@ class StreamBlock(nn.Module):
         own: StreamConfig,
         other: StreamConfig,
         cross_rows: tuple[int, int],
-        *,
-        fast: bool = False,
     ):
         super().__init__()
-        self.eps, self.fast = config.norm_eps, fast
+        self.eps, self.fast = config.norm_eps, False
         self.cross_rows = cross_rows
-        attention = partial(Attention, gated=config.gated_attention, eps=self.eps, fast=fast)
+        attention = partial(Attention, gated=config.gated_attention, eps=self.eps)
         cross_heads, cross_head_dim = config.streams.audio.heads, config.streams.audio.head_dim
         self.attn1 = attention(own.dim, own.dim, own.heads, own.head_dim)
         self.attn2 = attention(own.dim, own.context_dim, own.heads, own.head_dim)
         self.cross_attn = attention(own.dim, other.dim, cross_heads, cross_head_dim)
-        self.ff = FeedForward(own.dim, bias=own.ff_bias, fast=fast)
+        self.ff = FeedForward(own.dim, bias=own.ff_bias)
         num_rows = 9 if config.cross_attention_adaln else 6
         self.scale_shift_table = nn.Parameter(torch.empty(num_rows, own.dim))
         self.prompt_scale_shift_table = (
@@ -138,24 +148,32 @@ class StreamBlock(nn.Module):
                 rows = rows + state.prompt  # [B, 1, 2, C]
             shift, scale = rows[..., 0, :], rows[..., 1, :]
             context = context * (1 + scale) + shift
-        return self.attn2.keys_values(context)
+        return self.attn2.keys_values(for_linear(context, self.attn2.to_k))
 
     def attend_self_and_text(
-        self, x: Tensor, state: StreamState, modulation: Modulation, text: KeysValues, keep: Keep, ways: Sequence[Way]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self,
+        x: Tensor,
+        state: StreamState,
+        modulation: Modulation,
+        text: KeysValues,
+        keep: Keep,
+        ways: Sequence[Way],
+        quantize: bool,
+    ) -> tuple[Tensor, tuple[Tokens, ...]]:
         """Self and text attention of tokens x [B, T, C]; also the result normalised and modulated in these ways."""
         inputs = state.inputs
         text_is_modulated = self.prompt_scale_shift_table is not None
-        _, (h,) = self.add(x, ways=[_way(modulation, SELF_ROWS)])
+        _, (h,) = self.add(x, ways=[_way(modulation, SELF_ROWS)], quantize=self.attn1.reads_rows)
         h = self.attn1.attend_self(h, inputs.rotary, bias=inputs.attention_bias, keep=keep)
         into_text = _way(modulation, TEXT_ROWS) if text_is_modulated else None
-        x, (h,) = self.add(x, h, modulation.row(SELF_ROWS[2]), ways=[into_text])
+        x, (h,) = self.add(x, h, modulation.row(SELF_ROWS[2]), ways=[into_text], quantize=self.attn2.reads_rows)
         h = self.attn2.attend_to(text, h, bias=inputs.context_bias)
-        return self.add(x, h, modulation.row(TEXT_ROWS[2]) if text_is_modulated else None, ways=ways)
+        gate = modulation.row(TEXT_ROWS[2]) if text_is_modulated else None
+        return self.add(x, h, gate, ways=ways, quantize=quantize)
 
     def receive(
-        self, x: Tensor, query: Tensor, context: Tensor, own: StreamState, other: StreamState, keep: Keep, way: Way
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, query: Tokens, context: Tokens, own: StreamState, other: StreamState, keep: Keep, way: Way
+    ) -> tuple[Tensor, Tokens]:
         """Tokens with what they receive from the other stream, and these modulated in one way.
 
         query, context: tokens of this and of the other stream, modulated for this direction.
@@ -164,7 +182,8 @@ class StreamBlock(nn.Module):
         h = attention.attend_to(
             attention.keys_values(context, other.inputs.cross_rotary), query, own.inputs.cross_rotary
         )
-        x, (h,) = self.add(x, h, self.cross_gate(own), keep if isinstance(keep, Tensor) else None, ways=[way])
+        mask = keep if isinstance(keep, Tensor) else None
+        x, (h,) = self.add(x, h, self.cross_gate(own), mask, ways=[way], quantize=self.ff.reads_rows)
         return x, h
 
     def add(
@@ -174,9 +193,13 @@ class StreamBlock(nn.Module):
         gate: Rows | None = None,
         keep: Tensor | None = None,
         ways: Sequence[Way | None] = (),
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Tokens with a branch, gated; also the sum normalised and modulated in up to two ways."""
-        return residual_norm_modulate(x, tuple(ways), self.eps, branch=branch, gate=gate, keep=keep, fast=self.fast)
+        quantize: bool = False,
+    ) -> tuple[Tensor, tuple[Tokens, ...]]:
+        """Tokens with a branch, gated; also the sum normalised and modulated in up to two ways, in eight bits too."""
+        x, outputs = residual_norm_modulate(
+            x, tuple(ways), self.eps, branch=branch, gate=gate, keep=keep, fast=self.fast, quantize=quantize
+        )
+        return x, tuple(Tokens(*output) if quantize else Tokens(output) for output in outputs)
 
 
 def _way(modulation: Modulation, rows: tuple[int, int, int]) -> Way:
@@ -187,11 +210,11 @@ def _way(modulation: Modulation, rows: tuple[int, int, int]) -> Way:
 class AVBlock(nn.Module):
     """Self and text attention of each stream, attention between the streams, feed-forward of each (ltx-core 1.2)."""
 
-    def __init__(self, config: TransformerConfig, *, fast: bool = False):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         video, audio = config.streams.video, config.streams.audio
-        self.video = StreamBlock(config, video, audio, A2V_ROWS, fast=fast)
-        self.audio = StreamBlock(config, audio, video, V2A_ROWS, fast=fast)
+        self.video = StreamBlock(config, video, audio, A2V_ROWS)
+        self.audio = StreamBlock(config, audio, video, V2A_ROWS)
 
     @property
     def halves(self) -> AV[StreamBlock]:
@@ -251,12 +274,14 @@ class AVBlock(nn.Module):
             ways["query"] = cross.row(half.cross_rows[0]), cross.row(half.cross_rows[1])
         if gives:
             ways["context"] = cross.row(other.cross_rows[0]), cross.row(other.cross_rows[1])
+        # all layers of a block compute in eight bits, or none
+        quantize = half.ff.reads_rows
         if text is None:
-            x, modulated = half.add(x, ways=list(ways.values())) if ways else (x, ())
+            x, modulated = half.add(x, ways=list(ways.values()), quantize=quantize) if ways else (x, ())
         else:
             if not receives:
                 ways["hidden"] = _way(modulation, FF_ROWS)
-            x, modulated = half.attend_self_and_text(x, state, modulation, text, keep, list(ways.values()))
+            x, modulated = half.attend_self_and_text(x, state, modulation, text, keep, list(ways.values()), quantize)
         return _Read(x, **dict(zip(ways, modulated, strict=True)))
 
     @staticmethod

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..av import AV
+from ..config.numerics import NUMERICS
 from ..config.transformer import StreamConfig, TransformerConfig
 from .block import AVBlock, StreamState, Texts
 from .inputs import BlockKeep, Pass, Perturbation, StreamInput, plan_keeps
@@ -29,14 +30,21 @@ class _Walk:
 class Transformer(nn.Module):
     """Predicts the velocity of video and audio tokens together."""
 
-    def __init__(self, config: TransformerConfig, *, fast: bool = False):
-        """fast: round less often than the reference does."""
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
         streams = config.streams
         self.video = Stream(config, streams.video, keyframe_marker=config.keyframe_marker)
         self.audio = Stream(config, streams.audio, keyframe_marker=False)
-        self.blocks = nn.ModuleList(_alike(partial(AVBlock, config, fast=fast), config.num_layers))
+        self.blocks = nn.ModuleList(_alike(partial(AVBlock, config), config.num_layers))
+
+    def use_numerics(self, name: str) -> None:
+        """Compute as ``config.numerics`` says from now on. Which layers compute in eight bits is for their weights to say."""
+        if name not in NUMERICS:
+            raise ValueError(f"numerics {name!r} is not known; choose {', '.join(NUMERICS)}")
+        for module in self.modules():
+            if hasattr(module, "fast"):
+                module.fast = name != "exact"
 
     @property
     def streams(self) -> AV[Stream]:

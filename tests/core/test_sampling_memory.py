@@ -174,7 +174,7 @@ def on_gpu(monkeypatch):
 
     def project(x, linears):
         widths = [linear.out_features for linear in linears]
-        return x.new_empty(*x.shape[:-1], sum(widths)).split(widths, dim=-1)
+        return x.plain.new_empty(*x.plain.shape[:-1], sum(widths)).split(widths, dim=-1)
 
     def attend(q, k, v, bias=None):
         if bias is not None and bias.shape[-1] % 8:
