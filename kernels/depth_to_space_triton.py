@@ -68,7 +68,7 @@ def _result(x: Tensor, stride: list[int], skip: Tensor | None) -> Tensor:
     return x.new_empty(batch, channels // math.prod(stride), t * a, h * b, w * c)
 
 
-@opaque("depth_to_space", _result)
+@opaque("depth_to_space", "(Tensor x, SymInt[] stride, Tensor? skip) -> Tensor", _result)
 def launch(x: Tensor, stride: list[int], skip: Tensor | None) -> Tensor:
     out = _result(x, stride, skip)
     a, b, c = stride

@@ -124,7 +124,12 @@ def _result(
     return cond.new_empty(cond.shape)
 
 
-@opaque("guidance_combine", _result)
+@opaque(
+    "guidance_combine",
+    "(Tensor cond, Tensor? uncond, Tensor? perturbed, Tensor? isolated, float cfg, float stg, float modality, "
+    "float rescale) -> Tensor",
+    _result,
+)
 def launch(
     cond: Tensor,
     uncond: Tensor | None,

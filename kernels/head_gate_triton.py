@@ -57,7 +57,7 @@ def _results(out: Tensor, logits: Tensor, fast: bool, quantize: bool) -> list[Te
     return made
 
 
-@opaque("head_gate", _results)
+@opaque("head_gate", "(Tensor out, Tensor logits, bool fast, bool quantize) -> Tensor[]", _results)
 def launch(out: Tensor, logits: Tensor, fast: bool, quantize: bool) -> list[Tensor]:
     made = _results(out, logits, fast, quantize)
     batch, tokens, width = out.shape

@@ -86,7 +86,12 @@ def _nothing(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None,
     pass
 
 
-@opaque("pixel_norm_silu", _nothing, mutates=("out",))
+@opaque(
+    "pixel_norm_silu",
+    "(Tensor x, Tensor(a!) out, Tensor? shift, Tensor? scale, float eps, bool fast) -> ()",
+    _nothing,
+    mutates=("out",),
+)
 def launch(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, fast: bool) -> None:
     batch, channels = x.shape[:2]
     sizes, x_strides, out_strides = _merged(x, out)

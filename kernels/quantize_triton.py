@@ -35,7 +35,7 @@ def _results(x: Tensor, given: Tensor | None, gelu: bool) -> list[Tensor]:
     return [data] if given is not None else [data, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)]
 
 
-@opaque("quantize_rows", _results)
+@opaque("quantize_rows", "(Tensor x, Tensor? given, bool gelu) -> Tensor[]", _results)
 def launch(x: Tensor, given: Tensor | None, gelu: bool) -> list[Tensor]:
     made = _results(x, given, gelu)
     width = x.shape[-1]

@@ -78,7 +78,12 @@ def _result(
     return x.new_empty(x.shape)
 
 
-@opaque("res2s_update", _result)
+@opaque(
+    "res2s_update",
+    "(Tensor x, Tensor target, Tensor noise, float sigma, float step, float sigma_down, float alpha_ratio, float fresh) "
+    "-> Tensor",
+    _result,
+)
 def launch(
     x: Tensor,
     target: Tensor,

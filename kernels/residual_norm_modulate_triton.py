@@ -163,7 +163,12 @@ def _results(
     return made
 
 
-@opaque("residual_norm_modulate", _results)
+@opaque(
+    "residual_norm_modulate",
+    "(Tensor x, Tensor? branch, Tensor? gate, Tensor? gate_index, Tensor? keep, Tensor?[] scales, Tensor?[] shifts, "
+    "Tensor?[] indices, float eps, bool fast, bool quantize) -> Tensor[]",
+    _results,
+)
 def launch(
     x: Tensor,
     branch: Tensor | None,

@@ -106,7 +106,11 @@ def _results(
     return [q.new_empty(batch, tokens, heads, width) for _ in range(1 if k is None else 2)]
 
 
-@opaque("split_rotary", _results)
+@opaque(
+    "split_rotary",
+    "(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, float eps, bool fast) -> Tensor[]",
+    _results,
+)
 def launch(
     q: Tensor,
     k: Tensor | None,
