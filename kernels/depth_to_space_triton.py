@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .device_triton import rounded
 from .dispatch import opaque
-from .launch import next_power_of_two, warps
+from .launch import next_power_of_two, options
 
 _MOST_COLUMNS = 1024
 
@@ -91,8 +91,7 @@ def launch(x: Tensor, stride: list[int], skip: Tensor | None) -> Tensor:
         B=b,
         C=c,
         BLOCK=block,
-        num_warps=warps(block),
-        num_stages=1,
+        **options(block),
     )
     return out
 

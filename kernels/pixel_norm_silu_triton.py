@@ -8,12 +8,12 @@ from torch import Tensor
 
 from .device_triton import between, exp, rounded
 from .dispatch import opaque
+from .launch import options
 from .pixel_norm_silu import EPS
 
-# pixels side by side fill a cache line; with 32 channels a thread of 4 warps holds 16 numbers
+# pixels side by side fill a cache line
 _PIXELS = 64
 _CHANNELS = 32
-_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["frames", "height", "blocks"])
@@ -114,8 +114,7 @@ def launch(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None, e
         ALL_CHANNELS=channels,
         CHANNELS=_CHANNELS,
         PIXELS=_PIXELS,
-        num_warps=_WARPS,
-        num_stages=1,
+        **options(_CHANNELS * _PIXELS),
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .device_triton import e4m3, e4m3_scale, gelu_tanh, load_row, magnitude_bits, rounded, store_row
 from .dispatch import opaque
-from .launch import next_power_of_two, warps
+from .launch import next_power_of_two, options
 from .quantized import Quantized
 
 
@@ -48,8 +48,7 @@ def launch(x: Tensor, given: Tensor | None, gelu: bool) -> list[Tensor]:
         GELU=gelu,
         WIDTH=width,
         BLOCK=block,
-        num_warps=warps(block),
-        num_stages=1,
+        **options(block),
     )
     return made
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .device_triton import between, e4m3, e4m3_scale, load_row, magnitude_bits, rounded, store_row
 from .dispatch import opaque
-from .launch import next_power_of_two, warps
+from .launch import next_power_of_two, options
 from .quantized import Quantized
 from .residual_norm_modulate import Modulated
 from .rows import Rows
@@ -210,8 +210,7 @@ def launch(
         FAST=fast,
         WIDTH=width,
         BLOCK=block,
-        num_warps=warps(block),
-        num_stages=1,
+        **options(block),
     )
     return made
 

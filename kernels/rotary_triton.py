@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .device_triton import between, rounded
 from .dispatch import opaque
-from .launch import warps
+from .launch import options
 
 
 @triton.jit
@@ -144,8 +144,7 @@ def launch(
         FAST=fast,
         HEADS=heads,
         HALF=width // 2,
-        num_warps=warps(heads * width),
-        num_stages=1,
+        **options(heads * width),
     )
     return made
 
