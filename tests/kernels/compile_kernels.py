@@ -2,9 +2,8 @@
 
     python tests/kernels/compile_kernels.py 90 [--float16]
 
-
-Prints a line for each compilation: kernel, warps, shared memory, wide and narrow loads, fused
-multiplications and additions. Run by test_compiles.py.
+Prints a line for each compilation: kernel, warps, shared memory, wide and narrow loads, fused multiplications
+and additions. Run by test_compiles.py.
 """
 
 import pathlib
