@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .device_triton import rounded
 from .dispatch import opaque
-from .launch import next_power_of_two, warps
+from .launch import next_power_of_two, options
 
 _MOST_COLUMNS = 1024
 
@@ -68,7 +68,7 @@ def _result(x: Tensor, stride: list[int], skip: Tensor | None) -> Tensor:
     return x.new_empty(batch, channels // math.prod(stride), t * a, h * b, w * c)
 
 
-@opaque("depth_to_space", _result)
+@opaque("depth_to_space", "(Tensor x, SymInt[] stride, Tensor? skip) -> Tensor", _result)
 def launch(x: Tensor, stride: list[int], skip: Tensor | None) -> Tensor:
     out = _result(x, stride, skip)
     a, b, c = stride
@@ -91,8 +91,7 @@ def launch(x: Tensor, stride: list[int], skip: Tensor | None) -> Tensor:
         B=b,
         C=c,
         BLOCK=block,
-        num_warps=warps(block),
-        num_stages=1,
+        **options(block),
     )
     return out
 

@@ -161,13 +161,14 @@ def operation(
     return lambda definition: Operation(definition, twin, fit, sample, contract, dtypes)
 
 
-def opaque(name: str, fake: Callable[..., Any], *, mutates: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+def opaque(
+    name: str, schema: str, fake: Callable[..., Any], *, mutates: Sequence[str] = ()
+) -> Callable[[Callable], Callable]:
     """Make the decorated launcher a torch operator as well, which torch.compile does not look into.
 
-    fake: the launcher's results without their values, of equal shapes, dtypes and strides. The launcher takes and returns
-    tensors, lists of tensors and numbers only, as its annotations say, a tensor first; it is called directly where nothing
-    is compiled.
-    ``registered`` of the result is the operator.
+    schema: arguments and results in torch's notation, a tensor first; written out because what torch can infer depends on
+    its version. fake: the launcher's results without their values, of equal shapes, dtypes and strides. The launcher is
+    called directly where nothing is compiled. ``registered`` of the result is the operator.
     """
 
     def register(launch: Callable) -> Callable:
@@ -178,7 +179,6 @@ def opaque(name: str, fake: Callable[..., Any], *, mutates: Sequence[str] = ()) 
                     return launch(first, *others)
             return launch(first, *others)
 
-        schema = torch.library.infer_schema(launch, mutates_args=tuple(mutates))
         registered = torch.library.custom_op(
             f"ltx2_engine::{name}", on_its_device, mutates_args=tuple(mutates), schema=schema
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import CLOSE
+from .contract import SHARED
 from .dispatch import HALF, demand, demand_like, operation
 from .precision import wide
 
@@ -43,7 +43,7 @@ def _sample(*passes: Tensor | None, **strengths: Any) -> tuple[tuple, dict]:
     return tuple(None if p is None else p[:, :_SAMPLE].contiguous() for p in passes), strengths
 
 
-@operation(twin=_twin, fit=_fit, sample=_sample, contract=CLOSE, dtypes=(*HALF, torch.float32))
+@operation(twin=_twin, fit=_fit, sample=_sample, contract=SHARED, dtypes=(*HALF, torch.float32))
 def guidance_combine(
     cond: Tensor,
     uncond: Tensor | None,

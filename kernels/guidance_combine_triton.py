@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .device_triton import rounded
 from .dispatch import opaque
-from .launch import next_power_of_two, warps
+from .launch import next_power_of_two, options
 
 _BLOCK = 4096
 
@@ -124,7 +124,12 @@ def _result(
     return cond.new_empty(cond.shape)
 
 
-@opaque("guidance_combine", _result)
+@opaque(
+    "guidance_combine",
+    "(Tensor cond, Tensor? uncond, Tensor? perturbed, Tensor? isolated, float cfg, float stg, float modality, "
+    "float rescale) -> Tensor",
+    _result,
+)
 def launch(
     cond: Tensor,
     uncond: Tensor | None,
@@ -139,12 +144,11 @@ def launch(
     count = cond.numel()
     blocks = -(-count // _BLOCK)
     passes, factors = (cond, uncond, perturbed, isolated), (cfg - 1, stg, modality - 1)
-    # products and sums round one by one, as torch's do
-    options = {"BLOCK": _BLOCK, "num_warps": warps(_BLOCK), "num_stages": 1, "enable_fp_fusion": False}
+    shape = {"BLOCK": _BLOCK, **options(_BLOCK)}
     moments: tuple = (None, None)
     if rescale != 0:
         moments = tuple(cond.new_empty(blocks, 2, dtype=torch.float32) for _ in range(2))
-        guidance_moments_kernel[(blocks,)](*passes, *moments, count, *factors, **options)
+        guidance_moments_kernel[(blocks,)](*passes, *moments, count, *factors, **shape)
     guidance_combine_kernel[(blocks,)](
         *passes,
         *moments,
@@ -155,7 +159,7 @@ def launch(
         rescale,
         1 - rescale,
         BLOCKS=next_power_of_two(blocks),
-        **options,
+        **shape,
     )
     return out
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .device_triton import between, e4m3, e4m3_scale, magnitude_bits, rounded, sigmoid
 from .dispatch import opaque
-from .launch import warps
+from .launch import options
 from .quantized import Quantized
 
 
@@ -57,7 +57,7 @@ def _results(out: Tensor, logits: Tensor, fast: bool, quantize: bool) -> list[Te
     return made
 
 
-@opaque("head_gate", _results)
+@opaque("head_gate", "(Tensor out, Tensor logits, bool fast, bool quantize) -> Tensor[]", _results)
 def launch(out: Tensor, logits: Tensor, fast: bool, quantize: bool) -> list[Tensor]:
     made = _results(out, logits, fast, quantize)
     batch, tokens, width = out.shape
@@ -77,8 +77,7 @@ def launch(out: Tensor, logits: Tensor, fast: bool, quantize: bool) -> list[Tens
         FAST=fast,
         HEADS=heads,
         CHANNELS=width // heads,
-        num_warps=warps(width),
-        num_stages=1,
+        **options(width),
     )
     return made
 

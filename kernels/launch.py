@@ -8,9 +8,14 @@ _WARPS = ((512, 1), (1024, 2), (2048, 4), (8192, 8))
 _MOST_WARPS = 16
 
 
-def warps(elements: int) -> int:
-    """Warps of a program that holds that many elements at once."""
-    return next((count for most, count in _WARPS if elements <= most), _MOST_WARPS)
+def options(elements: int) -> dict[str, int]:
+    """Launch options of a program that holds that many elements at once.
+
+    Multiplications and additions are not fused. torch's round one by one; and LLVM makes float16 operations of float32
+    ones between two roundings to float16, which a fused one would join across the rounding.
+    """
+    warps = next((count for most, count in _WARPS if elements <= most), _MOST_WARPS)
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def next_power_of_two(n: int) -> int:

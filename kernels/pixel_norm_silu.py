@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .contract import CLOSE
+from .contract import SHARED
 from .dispatch import demand, operation
 from .precision import rounded_once
 
@@ -44,7 +44,7 @@ def _sample(
     return (few, torch.empty_like(few), modulation), {"fast": fast}
 
 
-@operation(twin=_twin, fit=_fit, sample=_sample, contract=CLOSE)
+@operation(twin=_twin, fit=_fit, sample=_sample, contract=SHARED)
 def pixel_norm_silu(
     x: Tensor, out: Tensor, modulation: tuple[Tensor, Tensor] | None = None, *, fast: bool = False
 ) -> Tensor:

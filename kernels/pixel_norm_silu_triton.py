@@ -8,12 +8,12 @@ from torch import Tensor
 
 from .device_triton import between, exp, rounded
 from .dispatch import opaque
+from .launch import options
 from .pixel_norm_silu import EPS
 
-# pixels side by side fill a cache line; with 32 channels a thread of 4 warps holds 16 numbers
+# pixels side by side fill a cache line
 _PIXELS = 64
 _CHANNELS = 32
-_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["frames", "height", "blocks"])
@@ -86,7 +86,12 @@ def _nothing(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None,
     pass
 
 
-@opaque("pixel_norm_silu", _nothing, mutates=("out",))
+@opaque(
+    "pixel_norm_silu",
+    "(Tensor x, Tensor(a!) out, Tensor? shift, Tensor? scale, float eps, bool fast) -> ()",
+    _nothing,
+    mutates=("out",),
+)
 def launch(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, fast: bool) -> None:
     batch, channels = x.shape[:2]
     sizes, x_strides, out_strides = _merged(x, out)
@@ -109,8 +114,7 @@ def launch(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None, e
         ALL_CHANNELS=channels,
         CHANNELS=_CHANNELS,
         PIXELS=_PIXELS,
-        num_warps=_WARPS,
-        num_stages=1,
+        **options(_CHANNELS * _PIXELS),
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .device_triton import e4m3, e4m3_scale, gelu_tanh, load_row, magnitude_bits, rounded, store_row
 from .dispatch import opaque
-from .launch import next_power_of_two, warps
+from .launch import next_power_of_two, options
 from .quantized import Quantized
 
 
@@ -35,7 +35,7 @@ def _results(x: Tensor, given: Tensor | None, gelu: bool) -> list[Tensor]:
     return [data] if given is not None else [data, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)]
 
 
-@opaque("quantize_rows", _results)
+@opaque("quantize_rows", "(Tensor x, Tensor? given, bool gelu) -> Tensor[]", _results)
 def launch(x: Tensor, given: Tensor | None, gelu: bool) -> list[Tensor]:
     made = _results(x, given, gelu)
     width = x.shape[-1]
@@ -48,8 +48,7 @@ def launch(x: Tensor, given: Tensor | None, gelu: bool) -> list[Tensor]:
         GELU=gelu,
         WIDTH=width,
         BLOCK=block,
-        num_warps=warps(block),
-        num_stages=1,
+        **options(block),
     )
     return made
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .device_triton import INTERPRETED
 from .dispatch import opaque
-from .launch import warps
+from .launch import options
 
 _BLOCK = 1024
 
@@ -78,7 +78,12 @@ def _result(
     return x.new_empty(x.shape)
 
 
-@opaque("res2s_update", _result)
+@opaque(
+    "res2s_update",
+    "(Tensor x, Tensor target, Tensor noise, float sigma, float step, float sigma_down, float alpha_ratio, float fresh) "
+    "-> Tensor",
+    _result,
+)
 def launch(
     x: Tensor,
     target: Tensor,
@@ -101,10 +106,7 @@ def launch(
         *levels,
         BY_INVERSE=not INTERPRETED,
         BLOCK=_BLOCK,
-        num_warps=warps(_BLOCK),
-        num_stages=1,
-        # products and sums round one by one, as torch's do
-        enable_fp_fusion=False,
+        **options(_BLOCK),
     )
     return out
 

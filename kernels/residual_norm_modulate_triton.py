@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .device_triton import between, e4m3, e4m3_scale, load_row, magnitude_bits, rounded, store_row
 from .dispatch import opaque
-from .launch import next_power_of_two, warps
+from .launch import next_power_of_two, options
 from .quantized import Quantized
 from .residual_norm_modulate import Modulated
 from .rows import Rows
@@ -163,7 +163,12 @@ def _results(
     return made
 
 
-@opaque("residual_norm_modulate", _results)
+@opaque(
+    "residual_norm_modulate",
+    "(Tensor x, Tensor? branch, Tensor? gate, Tensor? gate_index, Tensor? keep, Tensor?[] scales, Tensor?[] shifts, "
+    "Tensor?[] indices, float eps, bool fast, bool quantize) -> Tensor[]",
+    _results,
+)
 def launch(
     x: Tensor,
     branch: Tensor | None,
@@ -205,8 +210,7 @@ def launch(
         FAST=fast,
         WIDTH=width,
         BLOCK=block,
-        num_warps=warps(block),
-        num_stages=1,
+        **options(block),
     )
     return made
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .device_triton import between, rounded
 from .dispatch import opaque
-from .launch import warps
+from .launch import options
 
 
 @triton.jit
@@ -106,7 +106,11 @@ def _results(
     return [q.new_empty(batch, tokens, heads, width) for _ in range(1 if k is None else 2)]
 
 
-@opaque("split_rotary", _results)
+@opaque(
+    "split_rotary",
+    "(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, float eps, bool fast) -> Tensor[]",
+    _results,
+)
 def launch(
     q: Tensor,
     k: Tensor | None,
@@ -140,8 +144,7 @@ def launch(
         FAST=fast,
         HEADS=heads,
         HALF=width // 2,
-        num_warps=warps(heads * width),
-        num_stages=1,
+        **options(heads * width),
     )
     return made
 
