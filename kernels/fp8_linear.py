@@ -36,6 +36,11 @@ def fp8_linear(
     return out if bias is None else out + bias.to(out_dtype)
 
 
+def has_units(device: torch.device) -> bool:
+    """Whether a device has eight-bit matrix units; elsewhere ``fp8_linear`` computes in float32."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= OLDEST
+
+
 def dequantized_linear(x: Quantized, weight: Quantized, out_dtype: torch.dtype) -> Tensor:
     """The definition, without the bias: the product of what the numbers stand for, in float32."""
     return F.linear(x.data.float() * x.scale, weight.data.float() * weight.scale).to(out_dtype)
@@ -43,9 +48,7 @@ def dequantized_linear(x: Quantized, weight: Quantized, out_dtype: torch.dtype) 
 
 def _takes(x: Quantized, weight: Quantized, out_dtype: torch.dtype) -> bool:
     data = x.data
-    if not (data.is_cuda and data.numel() > 0 and torch.version.hip is None):
-        return False
-    if torch.cuda.get_device_capability(data.device) < OLDEST:
+    if data.numel() == 0 or not has_units(data.device):
         return False
     # a scale for each row is multiplied in for results in bfloat16 only
     whole = x.scale.numel() == 1 and weight.scale.numel() == 1

@@ -36,14 +36,15 @@ class NetworkFiles(Generic[M]):
     """How a network comes into being.
 
     build: makes the module on the meta device. sources: the weights that fill it. finish: gives the filled module what no
-    file holds. keeps_packed: which packed linears stay packed. blocks: the parts that may be streamed, which run one
-    after another; none in small networks.
+    file holds. keeps_packed: which packed linears stay packed. eight_bit: which linears are multiplied in eight bits where
+    their format allows it. blocks: the parts that may be streamed, which run one after another; none in small networks.
     """
 
     build: Callable[[], M]
     sources: Sequence[Source]
     finish: Callable[[Any], None] = lambda module: None
     keeps_packed: Callable[[str], bool] = lambda name: False
+    eight_bit: Callable[[str], bool] = lambda name: False
     blocks: Callable[[Any], Sequence[nn.Module]] = lambda module: ()
 
 
@@ -188,9 +189,8 @@ class Component(Generic[M]):
 
     @property
     def bits(self) -> float:
-        """Bits of a weight in the network's files, on average."""
-        elements = sum(source.elements for source in self._files.sources)
-        return 8 * sum(source.weight.size_bytes for source in self._files.sources) / max(elements, 1)
+        """Bits of a weight of the network, on average."""
+        return 8 * self.full_bytes / max(sum(source.elements for source in self._files.sources), 1)
 
     # placing ----------------------------------------------------------------------------------------------------------
 
@@ -260,9 +260,9 @@ class Component(Generic[M]):
         if not adapters:
             return
         store = self._the_store()
-        touched, low_rank = store.touched(adapters)
+        touched = store.touched(adapters)
         if store.pristine.policy is not None:
-            if touched <= self._touched:
+            if touched.held_bytes <= self._touched:
                 return
             if self._loading is None:
                 self._forget()
@@ -274,12 +274,11 @@ class Component(Generic[M]):
             work_bytes,
             device_free=None if free is None else free - self._missing_bytes(),
             host_free=host().free_bytes("cpu"),
-            low_rank=low_rank,
         )
-        self._touched = touched
+        self._touched = touched.held_bytes
         # what streams is in host memory anyway, where merging takes no room and costs nothing a step
         store.pristine.policy = "file" if self._arenas else policy
-        log.info("LoRAs change %s of the %s: %s", size(touched), self.label, POLICIES[store.pristine.policy])
+        log.info("LoRAs change %s of the %s: %s", size(touched.held_bytes), self.label, POLICIES[store.pristine.policy])
 
     def _forget(self) -> None:
         """Give up what is kept to undo LoRAs; the way back is decided anew."""
@@ -459,6 +458,7 @@ class Component(Generic[M]):
                 device=torch.device(self.device),
                 dtype=self._dtype,
                 keeps_packed=files.keeps_packed,
+                eight_bit=files.eight_bit,
             )
             for block in files.blocks(self._store.module):
                 self._store.give_memory_later(block, _on(self._store.device))

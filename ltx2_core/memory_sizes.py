@@ -41,7 +41,7 @@ class Needs:
 
     text_head: bytes of the projection and connectors. decoders: bytes of the video and audio decoders and the vocoder.
     encoding_work: of the text encoder. sampling, decoding: the work for a clip; decoding also depends on the free memory.
-    transformer_bits, text_bits: of a weight, in the files that were chosen.
+    transformer_bits, text_bits: of a weight, as the network holds it.
     """
 
     transformer: Stack

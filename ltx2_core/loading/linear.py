@@ -1,4 +1,4 @@
-"""Linear layers whose weight stays packed, and low-rank branches beside a weight.
+"""Linear layers whose weight stays packed, or is multiplied in eight bits, and low-rank branches beside a weight.
 
 Loading puts a ``PackedLinear`` where a network was built with ``nn.Linear``, so no network knows of file formats.
 """
@@ -11,7 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.fp8 import scale_kind
+from ...kernels.fp8_linear import fp8_linear
 from ...kernels.packed import unpack
+from ...kernels.quantized import Quantized
+
+# what is computed in them stays in them
+_WIDE = (torch.float32, torch.float64)
+
+
+def is_factor(format: str, dtype: torch.dtype, scale: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a packed weight [out, in] is a factor of an eight-bit product as it is.
+
+    It is in e4m3 with one scale for all of it or for each row, or cast. dtype: of its data. scale: the shape of its scale.
+    """
+    if dtype != torch.float8_e4m3fn:
+        return False
+    return format == "fp8_cast" or (format == "fp8" and scale_kind(scale, shape) in ("tensor", "row"))
 
 
 class PackedWeight(nn.Module):
@@ -29,6 +45,19 @@ class PackedWeight(nn.Module):
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         return unpack(self.format, self.parts, self.shape, dtype)
+
+    @property
+    def is_factor(self) -> bool:
+        parts = self.parts
+        return is_factor(self.format, parts["data"].dtype, parts["scale"].shape if "scale" in parts else (), self.shape)
+
+    def factor(self) -> Quantized:
+        """The weight as a factor of an eight-bit product, for one that is such a factor."""
+        parts = self.parts
+        data, scale = parts["data"], parts.get("scale")
+        if scale is None:
+            return Quantized(data, torch.ones((1, 1), device=data.device))
+        return Quantized(data, scale.float().reshape(-1, 1))
 
 
 class LowRank(nn.Module):
@@ -54,23 +83,56 @@ class LowRank(nn.Module):
 class PackedLinear(nn.Module):
     """A linear layer with a plain or packed weight, and optionally low-rank branches.
 
-    Exactly one of ``weight`` and ``packed`` is set. A packed weight is unpacked to the input's dtype at every use.
+    Exactly one of ``weight`` and ``packed`` is set. A packed weight is unpacked to the input's dtype at every use, or,
+    with ``eight_bit``, multiplied as it is where its format allows that and the input is in sixteen bits.
     """
 
-    def __init__(self, weight: nn.Parameter | None, packed: PackedWeight | None, bias: nn.Parameter | None):
+    def __init__(
+        self,
+        weight: nn.Parameter | None,
+        packed: PackedWeight | None,
+        bias: nn.Parameter | None,
+        *,
+        eight_bit: bool = False,
+    ):
         super().__init__()
+        self.eight_bit = eight_bit
         self.weight = weight
         self.packed = packed
         self.bias = bias
         self.branches: nn.ModuleList | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.packed is None else self.packed.unpack(x.dtype)
-        assert weight is not None
-        y = F.linear(x, weight, self.bias)
+    @property
+    def in_eight_bits(self) -> bool:
+        """Whether inputs in sixteen bits are multiplied in eight."""
+        return self.eight_bit and self.packed is not None and self.packed.is_factor
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether ``forward`` needs no more of such inputs than their rows in eight bits, each with its own scale."""
+        return self.in_eight_bits and self._input_scale is None and not self.branches
+
+    def forward(self, x: Tensor, rows: Quantized | None = None) -> Tensor:
+        """x: [..., in]. rows: the same in eight bits, where ``reads_rows``. Returns [..., out] in x's dtype."""
+        if self.in_eight_bits and x.dtype not in _WIDE:
+            y = self._multiplied(x if rows is None else rows, x.dtype)
+        else:
+            weight = self.weight if self.packed is None else self.packed.unpack(x.dtype)
+            assert weight is not None
+            y = F.linear(x, weight, self.bias)
         for branch in self.branches or ():
             y = branch(y, x)
         return y
+
+    def _multiplied(self, x: Tensor | Quantized, dtype: torch.dtype) -> Tensor:
+        assert self.packed is not None
+        return fp8_linear(x, self.packed.factor(), self.bias, dtype, self._input_scale)
+
+    @property
+    def _input_scale(self) -> Tensor | None:
+        """The scale that the file gives for all inputs."""
+        scale = None if self.packed is None else self.packed.parts.get("input_scale")
+        return None if scale is None else scale.float()
 
 
 def put(module: nn.Module, name: str, child: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """The way back from merged weights to the base: what LoRAs touched, kept as the file has it.
 
 Subtracting a delta from a bfloat16 weight does not give the weight back (7 to 15 % of elements end one unit off), so the
-base is kept or read again:
+base is kept or read again. A weight that is quantised when it is read is merged before it is, so its quantised base, which
+a pair keeps, is enough for the way back but not for another merge:
 
 pair    base and merged weights side by side on the device: a switch between the two exchanges their values
 pinned  a copy of the base in pinned host memory
@@ -12,6 +13,7 @@ side    nothing is merged: low-rank branches run beside the weights
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,19 +32,26 @@ POLICIES = {
 _RESERVE = 2 << 30
 
 
-def choose_policy(
-    touched_bytes: int, work_bytes: int, *, device_free: int | None, host_free: int | None, low_rank: bool
-) -> str:
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """The weights that LoRAs change: their bytes in the network and in the files, and whether every change is low-rank."""
+
+    held_bytes: int
+    file_bytes: int
+    low_rank: bool
+
+
+def choose_policy(touched: Touched, work_bytes: int, *, device_free: int | None, host_free: int | None) -> str:
     """The cheapest way back that fits.
 
-    touched_bytes: of the weights that LoRAs change. work_bytes: what the device must have left for activations.
-    device_free, host_free: bytes beside the loaded network, None where nobody knows. low_rank: whether every change is.
+    touched: by LoRAs. work_bytes: what the device must have left for activations.
+    device_free, host_free: bytes beside the loaded network, None where nobody knows.
     """
-    if device_free is None or device_free >= touched_bytes + work_bytes + _RESERVE:
+    if device_free is None or device_free >= touched.held_bytes + work_bytes + _RESERVE:
         return "pair"
-    if host_free is not None and host_free >= 2 * touched_bytes + _RESERVE:
+    if host_free is not None and host_free >= 2 * touched.file_bytes + _RESERVE:
         return "pinned"
-    return "side" if low_rank else "file"
+    return "side" if touched.low_rank else "file"
 
 
 class Pristine:
@@ -66,6 +75,10 @@ class Pristine:
 
     def has(self, name: str) -> bool:
         return name in self._base or name in self._stored
+
+    def has_stored(self, name: str) -> bool:
+        """Whether the weight was kept as the file has it."""
+        return name in self._stored
 
     def keep(self, name: str, value: Value) -> None:
         """Keep a base value whose weight gets another."""

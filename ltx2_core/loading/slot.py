@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ...kernels.fp8 import pack_fp8
 from .arena import Arena
 from .build import Source
 from .linear import PackedLinear, PackedWeight, put
@@ -32,7 +33,7 @@ BASE = State()
 class Slot:
     """One weight of a network: where it comes from, which module holds it, and what it holds.
 
-    leaf: its name in the owner. packed: it stays packed, in a PackedLinear. part: a module around it with an arena, in
+    leaf: its name in the owner. format: what the network holds, "plain" or a packed format, in a PackedLinear. part: a module around it with an arena, in
     which the weight has its place that values are copied into; None where every value comes with memory. state: None
     before the weight was read.
     """
@@ -40,7 +41,7 @@ class Slot:
     source: Source
     owner: nn.Module
     leaf: str
-    packed: bool
+    format: str
     part: nn.Module | None = None
     state: State | None = None
     name: str = field(init=False)
@@ -52,10 +53,21 @@ class Slot:
     def owner_name(self) -> str:
         return self.name.rpartition(".")[0]
 
+    @property
+    def packed(self) -> bool:
+        return self.format != "plain"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the network holds numbers in eight bits that the file has in more."""
+        return self.packed and self.source.weight.format == "plain"
+
     def nbytes(self, dtype: torch.dtype) -> int:
         """Bytes that the weight takes, ``dtype`` where it is a plain floating-point one."""
         weight = self.source.weight
         data = weight.parts["data"]
+        if self.quantized:
+            return sum(part.nbytes for part in _quantized_parts(weight.shape).values())
         if self.packed or (weight.format == "plain" and not data.torch_dtype.is_floating_point):
             return weight.size_bytes
         return math.prod(weight.shape) * dtype.itemsize
@@ -103,11 +115,10 @@ class Slot:
             set_tensor(self.owner, self.leaf, value["data"])
             return
         assert isinstance(self.owner, PackedLinear)
-        weight = self.source.weight
         if "dense" in value:
             self.owner.weight, self.owner.packed = nn.Parameter(value["dense"], requires_grad=False), None
         else:
-            self.owner.weight, self.owner.packed = None, PackedWeight(weight.format, weight.shape, value)
+            self.owner.weight, self.owner.packed = None, PackedWeight(self.format, self.source.weight.shape, value)
 
     def give_dtype(self, dtype: torch.dtype) -> None:
         """Let a weight that was not read yet have the dtype that it is going to have, still without memory."""
@@ -122,33 +133,58 @@ class Slot:
             set_tensor(self.owner, self.leaf, tensor.to(dtype))
 
 
-def slots_of(module: nn.Module, sources: Sequence[Source], keeps_packed: Callable[[str], bool]) -> list[Slot]:
-    """A slot for every source, after packed linears were put where the files have packed weights.
+def slots_of(
+    module: nn.Module,
+    sources: Sequence[Source],
+    keeps_packed: Callable[[str], bool],
+    eight_bit: Callable[[str], bool] = lambda name: False,
+) -> list[Slot]:
+    """A slot for every source, after packed linears were put where weights are packed.
 
     module: on the meta device. keeps_packed: whether a linear's weight of that name stays packed; any other packed weight
-    is unpacked when it is read.
+    is unpacked when it is read. eight_bit: whether a linear's weight of that name is multiplied in eight bits: where its
+    format allows that it stays as it is, and a plain one is quantised when it is read.
     """
     modules = dict(module.named_modules())
-    packed = set()
+    formats = {}
     for source in sources:
         owner_name, _, leaf = source.name.rpartition(".")
         owner = modules[owner_name]
-        if (
-            source.weight.format != "plain"
-            and leaf == "weight"
-            and isinstance(owner, nn.Linear)
-            and keeps_packed(source.name)
-        ):
-            parts = {
-                role: torch.empty(info.torch_shape, dtype=info.torch_dtype, device="meta")
-                for role, info in source.weight.parts.items()
-            }
-            weight = PackedWeight(source.weight.format, source.weight.shape, parts)
-            modules[owner_name] = PackedLinear(None, weight, owner.bias)
-            put(module, owner_name, modules[owner_name])
-            packed.add(source.name)
+        if leaf == "weight" and isinstance(owner, nn.Linear):
+            weight = _packed(source, keeps_packed(source.name), eight_bit(source.name))
+            if weight is not None:
+                modules[owner_name] = PackedLinear(None, weight, owner.bias, eight_bit=eight_bit(source.name))
+                put(module, owner_name, modules[owner_name])
+                formats[source.name] = weight.format
     split = [(source, *source.name.rpartition(".")[::2]) for source in sources]
-    return [Slot(source, modules[owner], leaf, source.name in packed) for source, owner, leaf in split]
+    return [Slot(source, modules[owner], leaf, formats.get(source.name, "plain")) for source, owner, leaf in split]
+
+
+def quantized(weight: Tensor) -> Value:
+    """A weight [out, in] in e4m3 with a float32 scale for each row, rounded to nearest once."""
+    data, scale = pack_fp8(weight, _quantized_parts(weight.shape)["scale"])
+    return {"data": data, "scale": scale}
+
+
+def _packed(source: Source, keeps_packed: bool, eight_bit: bool) -> PackedWeight | None:
+    """What a linear layer has in place of a plain weight, without memory; None where it has a plain one."""
+    weight = source.weight
+    if weight.format == "plain":
+        return PackedWeight("fp8", weight.shape, _quantized_parts(weight.shape)) if eight_bit else None
+    parts = {
+        role: torch.empty(info.torch_shape, dtype=info.torch_dtype, device="meta")
+        for role, info in weight.parts.items()
+    }
+    packed = PackedWeight(weight.format, weight.shape, parts)
+    return packed if keeps_packed or (eight_bit and packed.is_factor) else None
+
+
+def _quantized_parts(shape: Sequence[int]) -> Value:
+    """The parts of a quantised weight [out, in], without memory."""
+    return {
+        "data": torch.empty(tuple(shape), dtype=torch.float8_e4m3fn, device="meta"),
+        "scale": torch.empty((shape[0], 1), dtype=torch.float32, device="meta"),
+    }
 
 
 def set_tensor(owner: nn.Module, leaf: str, tensor: Tensor) -> None:

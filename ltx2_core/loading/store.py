@@ -2,7 +2,8 @@
 
 One routine, ``converge``, brings every weight from the state it is in to the state that a list of LoRAs asks for. Loading
 is convergence from nothing, a change of strength is convergence from the last list, and removing all LoRAs gives the
-base back bit for bit: every value is computed from the weight as the file has it, never from another merge.
+base back bit for bit: every value is computed from the weight as the file has it, never from another merge. A weight that
+the network holds in fewer bits than the file is quantised last, whatever was merged into it.
 
 While a network is read for the first time, the list may still change: it is asked for weight by weight, the factors of a
 weight are read just before the weight itself, and the difference is formed on the device when both have landed. What was
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -27,8 +29,8 @@ from .checkpoint import Checkpoint, TensorInfo
 from .linear import LowRank, PackedLinear, put
 from .lora.delta import add_deltas, factors
 from .lora.finite import FiniteCheck
-from .pristine import Pristine
-from .slot import BASE, Slot, State, Value, slots_of
+from .pristine import Pristine, Touched
+from .slot import BASE, Slot, State, Value, quantized, slots_of
 from .staged import Request, Room, read_staged
 
 log = logging.getLogger("ltx2.loading")
@@ -79,7 +81,7 @@ class WeightStore:
 
     module: built on the meta device. sources: a file's weight for every parameter and persistent buffer.
     device: where the network computes, and where its weights go unless they have an arena.
-    dtype: of floating-point weights that are not packed. keeps_packed: as in ``slots_of``.
+    dtype: of floating-point weights that are not packed. keeps_packed, eight_bit: as in ``slots_of``.
     """
 
     def __init__(
@@ -90,12 +92,13 @@ class WeightStore:
         device: torch.device,
         dtype: torch.dtype,
         keeps_packed: Callable[[str], bool] = lambda name: False,
+        eight_bit: Callable[[str], bool] = lambda name: False,
     ):
         self.module, self.device, self.dtype = module, device, dtype
         self.pristine = Pristine()
         self._branches: dict[str, _Branches] = {}
         self._check = FiniteCheck()
-        self._slots = slots_of(module, sources, keeps_packed)
+        self._slots = slots_of(module, sources, keeps_packed, eight_bit)
         # by the name of every module that they are in
         self._inside: dict[str, list[Slot]] = {}
         for slot in self._slots:
@@ -134,11 +137,15 @@ class WeightStore:
         """``give_memory`` when the first weight of a part is about to be read."""
         self._homes.update((slot, (part, take)) for slot in self._slots_in(part))
 
-    def touched(self, adapters: Adapters) -> tuple[int, bool]:
-        """Bytes of the weights that LoRAs change, and whether low-rank branches could do all of it."""
+    def touched(self, adapters: Adapters) -> Touched:
+        """The weights that LoRAs change."""
         changes = changes_by_parameter(adapters)
         slots = [slot for slot in self._slots if slot.name in changes]
-        return sum(slot.nbytes(self.dtype) for slot in slots), all(changes[slot.name].low_rank for slot in slots)
+        return Touched(
+            sum(slot.nbytes(self.dtype) for slot in slots),
+            sum(slot.source.weight.size_bytes for slot in slots),
+            all(changes[slot.name].low_rank for slot in slots),
+        )
 
     def expected_bytes(self, adapters: Adapters) -> int:
         """How many bytes of files ``converge`` will read to reach the state of a list."""
@@ -249,7 +256,7 @@ class WeightStore:
     def _goal(self, slot: Slot, changes: Changes) -> State:
         if changes is NO_CHANGES:
             return BASE
-        cannot_merge = slot.packed and slot.source.weight.format not in REPACKABLE
+        cannot_merge = slot.packed and slot.format not in REPACKABLE
         beside = changes.low_rank and (cannot_merge or self.pristine.policy == "side")
         return State(beside=changes.key) if beside else State(merged=changes.key)
 
@@ -267,19 +274,25 @@ class WeightStore:
         return task
 
     def _needs_base(self, task: _Task) -> bool:
-        state = task.slot.state
+        name, goal, state = task.slot.name, task.goal.merged, task.slot.state
         if state is None:
             return True
-        replaced = bool(state.merged) and state.merged != task.goal.merged
-        return replaced and not self.pristine.has(task.slot.name)
+        if task.slot.quantized and self._is_new(task) and not self.pristine.has_stored(name):
+            # what was quantised is no base of another merge
+            return True
+        return bool(state.merged) and state.merged != goal and not self.pristine.has(name)
+
+    def _is_new(self, task: _Task) -> bool:
+        """Whether the goal is a merge that the network neither holds nor keeps."""
+        goal, state = task.goal.merged, task.slot.state
+        held = state is not None and state.merged == goal
+        return bool(goal) and not held and not self.pristine.has_merged(task.slot.name, goal)
 
     def _needs_factors(self, task: _Task) -> bool:
-        name, goal, state = task.slot.name, task.goal, task.slot.state
-        if goal.beside:
-            branches = self._branches.get(name)
+        if task.goal.beside:
+            branches = self._branches.get(task.slot.name)
             return branches is None or branches.sources != task.changes.sources
-        in_place = not goal.merged or (state is not None and state.merged == goal.merged)
-        return not in_place and not self.pristine.has_merged(name, goal.merged)
+        return self._is_new(task)
 
     def _memory(self, request: Request) -> Room | None:
         """The place of a weight whose bytes can be read there as they are."""
@@ -287,7 +300,7 @@ class WeightStore:
         slot = task.slot
         if number is not None or slot.part is None or task.goal.merged or slot.source.weight.offset:
             return None
-        if not slot.packed and slot.source.weight.format != "plain":
+        if slot.format != slot.source.weight.format:
             return None
         room = slot.room(role)
         return room if room is not None and room.tensor.dtype == request.info.torch_dtype else None
@@ -297,14 +310,14 @@ class WeightStore:
     def _arrive(self, task: _Task) -> None:
         slot, goal, before = task.slot, task.goal, task.slot.state
         if before is None or before.merged != goal.merged:
-            base = self._base(task)
+            pair = self.pristine.policy == "pair"
             if goal.merged:
-                value = self.pristine.take_merged(slot.name, goal.merged) or self._merge(task, base)
-                if self.pristine.policy == "pair":
-                    self.pristine.keep(slot.name, slot.apart(base))
+                value = self.pristine.take_merged(slot.name, goal.merged) or self._merge(task)
+                if pair and self.pristine.base(slot.name) is None:
+                    self.pristine.keep(slot.name, slot.apart(self._base(task)))
             else:
-                value = base
-                if before is not None and self.pristine.policy == "pair":
+                value = self._base(task)
+                if pair and before is not None:
                     self.pristine.put_aside(slot.name, before.merged, slot.apart(slot.value()))
             slot.set(value)
             if not goal.merged:
@@ -315,32 +328,43 @@ class WeightStore:
         slot.state = goal
         task.landed.clear()
 
+    def _stored(self, task: _Task) -> Value:
+        """The parts of the weight as the file has them, read or kept; empty where there are none."""
+        landed = {role: tensor for (number, role), tensor in task.landed.items() if number is None}
+        return landed or self.pristine.stored(task.slot.name, self.device) or {}
+
     def _base(self, task: _Task) -> Value:
-        """The weight as the file has it, in the form in which the network holds it."""
+        """The weight without changes, in the form in which the network holds it."""
         slot, weight = task.slot, task.slot.source.weight
-        parts: Value = {role: tensor for (number, role), tensor in task.landed.items() if number is None}
-        parts = parts or self.pristine.stored(slot.name, self.device) or {}
-        if not parts:
-            return self.pristine.base(slot.name) or slot.value()
+        kept = slot.value() if slot.state is not None and not slot.state.merged else self.pristine.base(slot.name)
+        if kept is not None:
+            return kept
+        stored = self._stored(task)
+        if slot.quantized:
+            return quantized(stored["data"])
         if slot.packed:
-            return parts
+            return stored
         if weight.format == "plain":
-            data = parts["data"]
+            data = stored["data"]
         else:
-            data = unpack(weight.format, parts, weight.shape, torch.float32 if weight.offset else self.dtype)
+            data = unpack(weight.format, stored, weight.shape, torch.float32 if weight.offset else self.dtype)
         data = data + weight.offset if weight.offset else data
         is_final = data.dtype == self.dtype or not data.is_floating_point()
         return {"data": data if is_final else data.to(self.dtype)}
 
-    def _merge(self, task: _Task, base: Value) -> Value:
+    def _merge(self, task: _Task) -> Value:
         slot, weight = task.slot, task.slot.source.weight
+        add = partial(add_deltas, parity=task.changes.parity)
         parts = [
             (change.layer, {role: task.landed[number, role] for role in change.infos}, change.strength)
             for number, change in enumerate(task.changes.items)
         ]
+        if slot.quantized:
+            return quantized(add(self._stored(task)["data"], parts))
+        base = self._base(task)
         if not slot.packed:
             data = base["data"]
-            return {"data": add_deltas(data, parts, parity=task.changes.parity, dtype=data.dtype)}
+            return {"data": add(data, parts, dtype=data.dtype)}
         unpacked = unpack(weight.format, base, weight.shape, torch.float32)
         merged = add_deltas(unpacked, parts)
         if weight.format in REPACKABLE:

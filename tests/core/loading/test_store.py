@@ -4,6 +4,7 @@ import pytest
 import torch
 from ltx2_engine.kernels.packed import REPACKABLE, repack, unpack
 from ltx2_engine.ltx2_core.config.model import ModelConfig
+from ltx2_engine.ltx2_core.config.numerics import in_eight_bits
 from ltx2_engine.ltx2_core.host import Interrupted
 from ltx2_engine.ltx2_core.loading import store as store_module
 from ltx2_engine.ltx2_core.loading.arena import Arena
@@ -14,6 +15,7 @@ from ltx2_engine.ltx2_core.loading.linear import PackedLinear
 from ltx2_engine.ltx2_core.loading.lora.errors import LoraError
 from ltx2_engine.ltx2_core.loading.lora.file import read_lora
 from ltx2_engine.ltx2_core.loading.lora.strength import Strength
+from ltx2_engine.ltx2_core.loading.slot import quantized
 from ltx2_engine.ltx2_core.loading.store import WeightStore
 from ltx2_engine.ltx2_core.loading.weights import weights_of
 from ltx2_engine.ltx2_core.loading.write import write_checkpoint
@@ -23,7 +25,9 @@ from ltx2_engine.ltx2_core.tiny_lora import write_tiny_lora
 from ltx2_engine.ltx2_core.tiny_packed import write_tiny_packed
 from safetensors.torch import load_file
 
-FORMATS = ("bf16", "fp8", "fp8_row", "fp8_cast", "nvfp4", "mxfp8")
+FILES = ("bf16", "fp8", "fp8_row", "fp8_cast", "nvfp4", "mxfp8")
+IN_FP8 = "bf16 in fp8"
+FORMATS = (*FILES, IN_FP8)
 POLICIES = ("pair", "pinned", "file", "side")
 CPU = torch.device("cpu")
 QUERY = "blocks.0.video.attn1.to_q"
@@ -41,7 +45,7 @@ def folder(tmp_path_factory):
     }
     metadata = read_header(root / "float.safetensors").metadata
     write_checkpoint(root / "bf16.safetensors", halves, metadata)
-    for format in FORMATS[1:]:
+    for format in FILES[1:]:
         write_tiny_packed(root / f"{format}.safetensors", root / "bf16.safetensors", format)
     for number, kind in enumerate(("lora", "bias", "dora", "full", "lokr")):
         write_tiny_lora(root / f"{kind}.safetensors", root / "bf16.safetensors", targets="all", kind=kind, seed=number)
@@ -55,13 +59,14 @@ def store(folder):
 
     def make(format="bf16", policy=None, dtype=torch.bfloat16):
         module = build_on_meta("transformer", ModelConfig.from_config(tiny_config("2.3"), 7, ()))
-        file = read_header(folder / f"{format}.safetensors")
+        file = read_header(folder / f"{format.removesuffix(' in fp8')}.safetensors")
         made = WeightStore(
             module,
             sources_of((file,), "transformer"),
             device=CPU,
             dtype=dtype,
             keeps_packed=lambda name: name.startswith("blocks."),
+            eight_bit=in_eight_bits if format.endswith(" in fp8") else lambda name: False,
         )
         made.pristine.policy = policy
         return made
@@ -103,7 +108,7 @@ def bits(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FILES)
 def test_weights_are_those_of_the_file_bit_by_bit(store, folder, format):
     weights = converge(store(format))
     stored = load_file(folder / f"{format}.safetensors")
@@ -147,7 +152,7 @@ def test_merged_weights_follow_the_formula(store, folder, adapter, format):
     converge(made, adapter("lora", 0.7), adapter("second", -0.3))
     slot = next(slot for slot in made._slots if slot.name == f"{QUERY}.weight")
     weight = slot.source.weight
-    stored = load_file(folder / f"{format}.safetensors")
+    stored = load_file(slot.source.file.path)
     parts = {role: stored[info.name] for role, info in weight.parts.items()}
     base = parts["data"] if weight.format == "plain" else unpack(weight.format, parts, weight.shape, torch.float32)
     prefix = "diffusion_model.transformer_blocks.0.attn1.to_q"
@@ -155,15 +160,17 @@ def test_merged_weights_follow_the_formula(store, folder, adapter, format):
     a, b = (one[f"{prefix}.lora_{end}.weight"].double() for end in "AB")
     c, d = (two[f"{prefix}.lora_{end}.weight"].double() for end in "AB")
     total = base.double() + 0.7 * b @ a - 0.3 * 0.5 * d @ c
-    if weight.format == "plain":
+    if slot.format == "plain":
         got, want = made.module.get_parameter(f"{QUERY}.weight"), total.bfloat16()
         assert (got != want).float().mean() < 1e-3, "more than roundings on the edge"
         assert torch.allclose(got, want, rtol=2**-7)
-    elif weight.format in REPACKABLE:
-        want = repack(weight.format, total.float(), parts, name=weight.name)
+    elif slot.format in REPACKABLE:
+        want = (
+            quantized(total.float()) if slot.quantized else repack(slot.format, total.float(), parts, name=weight.name)
+        )
         got = made.module.get_submodule(QUERY).packed.parts
         assert got["data"].dtype == want["data"].dtype
-        unpacked = [unpack(weight.format, p, weight.shape, torch.float32) for p in (got, want)]
+        unpacked = [unpack(slot.format, p, weight.shape, torch.float32) for p in (got, want)]
         # a scale that differs in its last bit moves no weight to another step but those on the edge
         assert (~torch.isclose(*unpacked, rtol=1e-5)).float().mean() < 1e-2
     else:
@@ -173,11 +180,12 @@ def test_merged_weights_follow_the_formula(store, folder, adapter, format):
         assert torch.allclose(linear(x).double(), want, atol=0.05, rtol=0.03)
 
 
-def test_a_list_that_comes_late_or_changes_while_reading_ends_in_the_same_bits(store, adapter):
+@pytest.mark.parametrize("format", ["bf16", IN_FP8])
+def test_a_list_that_comes_late_or_changes_while_reading_ends_in_the_same_bits(store, adapter, format):
     loras = adapter("lora", 0.7), adapter("second", 0.5)
-    want = converge(store(), *loras)
+    want = converge(store(format), *loras)
     for lists in ([(), loras], [loras[:1], loras], [loras, (), loras], [loras[1:], (), loras[:1], loras]):
-        made, calls = store(), iter(range(10**6))
+        made, calls = store(format), iter(range(10**6))
         made.converge(lambda lists=lists, calls=calls: lists[min(next(calls) // 40, len(lists) - 1)])
         assert same(held(made), want), [len(one) for one in lists]
 
@@ -191,8 +199,9 @@ def test_streams_have_strengths_of_their_own(store, adapter):
     assert any(".video.cross_attn." in name for name in changed), "audio-to-video attention writes to the video"
 
 
-def test_a_pair_goes_back_and_forth_without_reading(store, adapter, monkeypatch):
-    made = store("bf16", "pair")
+@pytest.mark.parametrize("format", ["bf16", IN_FP8])
+def test_a_pair_goes_back_and_forth_without_reading(store, adapter, format, monkeypatch):
+    made = store(format, "pair")
     base = converge(made)
     merged = converge(made, adapter())
     assert same(converge(made), base)
@@ -202,7 +211,7 @@ def test_a_pair_goes_back_and_forth_without_reading(store, adapter, monkeypatch)
     assert same(converge(made), base)
 
 
-@pytest.mark.parametrize("format", ["bf16", "fp8", "fp8_cast"])
+@pytest.mark.parametrize("format", ["bf16", "fp8", "fp8_cast", IN_FP8])
 def test_bases_kept_in_host_memory_are_not_read_again(store, adapter, format, monkeypatch):
     made, pieces = store(format, "pinned"), []
     base = converge(made)
@@ -260,7 +269,7 @@ def test_lists_in_any_order_give_the_same_bits_each_time(store, adapter, format,
 
 
 @pytest.mark.parametrize("kind", ["bias", "dora", "full", "lokr"])
-@pytest.mark.parametrize("format", ["bf16", "fp8"])
+@pytest.mark.parametrize("format", ["bf16", "fp8", IN_FP8])
 def test_every_algebra_comes_off_again(store, adapter, kind, format):
     made = store(format, "file")
     base = converge(made)
@@ -291,15 +300,16 @@ def test_blocks_in_arenas_hold_the_same_bits_in_their_places(store, adapter, for
     assert same(held(made), want[()])
 
 
-def test_a_pair_in_arenas_takes_the_memory_of_two(store, adapter):
-    made = store("bf16", "pair")
+@pytest.mark.parametrize("format", ["bf16", IN_FP8])
+def test_a_pair_in_arenas_takes_the_memory_of_two(store, adapter, format):
+    made = store(format, "pair")
     for block in made.module.blocks:
         made.give_memory(block, Arena.of)
     alone = 0
     for loras in ((), (adapter(),), (adapter("lora", 0.5),), (), (adapter("lora", 0.5),), ()):
         converge(made, *loras)
         alone = alone or made.bytes_on(CPU)
-        touched = made.touched((adapter(),))[0]
+        touched = made.touched((adapter(),)).held_bytes
         assert made.bytes_on(CPU) - alone == (touched if made.pristine._base or made.pristine._merged else 0)
     assert touched > 0
     assert made.pristine._merged
