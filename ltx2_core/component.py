@@ -35,8 +35,8 @@ _PROGRESS_UNIT = 1 << 20
 class NetworkFiles(Generic[M]):
     """How a network comes into being.
 
-    build: makes the module on the meta device. sources: the weights that fill it. finish: gives the filled module what no
-    file holds. keeps_packed: which packed linears stay packed. eight_bit: which linears are multiplied in eight bits where
+    build: makes the module on the meta device. sources: the weights that fill it. finish: called with the filled module, gives
+    it what no file holds. keeps_packed: which packed linears stay packed. eight_bit: which linears are multiplied in eight bits where
     their format allows it. blocks: the parts that may be streamed, which run one after another; none in small networks.
     """
 

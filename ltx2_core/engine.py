@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import runs_fused
-from ..kernels.packed import UNPACK_BYTES
 from .av import AV
 from .component import Component
-from .components import adapters_of, network_component, text_encoder_component, upsampler_component
+from .components import adapters_of, network_component, text_encoder_component, unpack_bytes, upsampler_component
 from .conditioning import state as tokens
 from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
@@ -27,7 +26,6 @@ from .config.version import ModelVersion
 from .evaluate import EVALUATIONS
 from .host import Progress, host
 from .job import DecodedClip, SampleJob, check_job, check_latents
-from .loading.build import sources_of
 from .loading.lora.file import read_lora, reference_factors
 from .memory_plan import MemoryPlan, plan_memory
 from .memory_sizes import Needs, Room
@@ -348,10 +346,7 @@ class LocalEngine:
 
     @cached_property
     def _unpack_bytes(self) -> int:
-        """What unpacking the largest packed linear of the transformer holds at most."""
-        weights = (source.weight for source in sources_of(self.files.of("transformer"), "transformer"))
-        packed = (UNPACK_BYTES[w.format] * math.prod(w.shape) for w in weights if w.format != "plain")
-        return int(max(packed, default=0))
+        return unpack_bytes(self.files)
 
     def _result(self, latent: AVLatent, states: AV[LatentState], x: AV[Tensor]) -> AVLatent:
         target = x.map(lambda x, state: state.target(x).float().cpu(), states)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .config.numerics import NUMERICS
+
 DTYPES = ("auto", "bfloat16", "float32")
 
 # path, size and time of change: a replaced file is another file
@@ -36,7 +38,8 @@ class ModelSpec:
     text_encoder: its folder or file. video_vae, audio_vae (with the vocoder), text_projection (with or without the
     connectors): files that hold these parts instead. dtype: ``bfloat16`` or ``float32``.
     identity: of every file. loras: added to the transformer in this order. limit_gib: the most memory of the device
-    that weights and work of a network may take together; 0 leaves it to the host.
+    that weights and work of a network may take together; 0 leaves it to the host. numerics: how exactly the transformer
+    computes, one of ``config.numerics.NUMERICS``.
     """
 
     checkpoint: Path
@@ -49,6 +52,7 @@ class ModelSpec:
     audio_vae: Path | None = None
     text_projection: Path | None = None
     limit_gib: float = 0.0
+    numerics: str = "exact"
 
     @classmethod
     def of(
@@ -62,15 +66,24 @@ class ModelSpec:
         audio_vae: Path | None = None,
         text_projection: Path | None = None,
         limit_gib: float = 0.0,
+        numerics: str = "exact",
     ) -> ModelSpec:
         """The spec of these files as they are now. ``auto`` is bfloat16 on a GPU and float32 on the CPU.
 
-        Raises ValueError for an unknown dtype, OSError for a file that is not there.
+        Raises ValueError for an unknown dtype, for unknown numerics and for numerics that the dtype does not allow,
+        OSError for a file that is not there.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not known; choose {', '.join(DTYPES)}")
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
+        if numerics not in NUMERICS:
+            raise ValueError(f"numerics {numerics!r} are not known; choose {', '.join(NUMERICS)}")
+        if numerics == "fp8" and dtype != "bfloat16":
+            raise ValueError(
+                f"numerics fp8 needs bfloat16, and the dtype is {dtype} (auto is float32 on the CPU): choose dtype bfloat16, "
+                "or numerics exact or fast"
+            )
         components = filter(None, (video_vae, audio_vae, text_projection))
         files = [checkpoint, *components, *_text_encoder_files(text_encoder)]
         return cls(
@@ -83,6 +96,7 @@ class ModelSpec:
             audio_vae=audio_vae,
             text_projection=text_projection,
             limit_gib=limit_gib,
+            numerics=numerics,
         )
 
     def with_lora(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..ltx2_core.config.numerics import NUMERICS
 from ..ltx2_core.host import host
 from ..ltx2_core.model_spec import DTYPES, ModelSpec
 from . import links
@@ -84,6 +85,15 @@ class LTX2LoadModel:
                     step=0.5,
                     advanced=True,
                 ),
+                "numerics": COMBO(
+                    NUMERICS,
+                    "How exactly the transformer computes. exact rounds where the reference does. fast rounds less often, in "
+                    "the same precision: as good, but not the same bits. fp8 is fast, with the large matrix products in "
+                    "eight bits: bfloat16 weights take half the memory and steps are shorter, but every product is off by "
+                    "some percent, so details of the clip change and fine texture may suffer. fp8 needs dtype bfloat16, and "
+                    "an NVIDIA GPU from RTX 40 or H100 on (compute capability 8.9) to be quicker.",
+                    advanced=True,
+                ),
             },
         }
 
@@ -98,8 +108,13 @@ class LTX2LoadModel:
         audio_vae=FROM_CHECKPOINT,
         text_projection=FROM_CHECKPOINT,
         memory_limit=0.0,
+        numerics="exact",
     ):
-        return str(_spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection, memory_limit))
+        return str(
+            _spec(
+                checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection, memory_limit, numerics
+            )
+        )
 
     @classmethod
     def execute(
@@ -112,15 +127,28 @@ class LTX2LoadModel:
         audio_vae=FROM_CHECKPOINT,
         text_projection=FROM_CHECKPOINT,
         memory_limit=0.0,
+        numerics="exact",
     ):
         from ..ltx2_core.engine import ModelHandle, open_engine
 
-        spec = _spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection, memory_limit)
+        spec = _spec(
+            checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection, memory_limit, numerics
+        )
         # the node is done while its threads read, and prompts are encoded meanwhile
         return (ModelHandle(spec, open_engine(spec)).start(),)
 
 
-def _spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection, memory_limit):
+def _spec(
+    checkpoint,
+    text_encoder,
+    dtype,
+    device,
+    video_vae,
+    audio_vae,
+    text_projection,
+    memory_limit,
+    numerics="exact",
+):
     return ModelSpec.of(
         _resolved(_CHECKPOINT, checkpoint),
         host().resolve_text_encoder(text_encoder),
@@ -130,6 +158,7 @@ def _spec(checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_pr
         audio_vae=_component(_VAE, audio_vae),
         text_projection=_component(_TEXT_PROJECTION, text_projection),
         limit_gib=memory_limit,
+        numerics=numerics,
     )
 
 

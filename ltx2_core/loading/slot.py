@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ...kernels.fp8 import pack_fp8
 from .arena import Arena
 from .build import Source
-from .linear import PackedLinear, PackedWeight, put
+from .linear import PackedLinear, PackedWeight, is_factor, put
 from .ring import Room
+from .weights import Weight
 
 Value = Mapping[str, Tensor]
 
@@ -160,6 +161,13 @@ def slots_of(
     return [Slot(source, modules[owner], leaf, formats.get(source.name, "plain")) for source, owner, leaf in split]
 
 
+def multiplies(weight: Weight) -> bool:
+    """Whether the network's form of a linear layer's weight, where that is to be so, is multiplied in eight bits."""
+    data, scale = weight.parts["data"], weight.parts.get("scale")
+    shape = () if scale is None else scale.torch_shape
+    return weight.format == "plain" or is_factor(weight.format, data.torch_dtype, shape, weight.shape)
+
+
 def quantized(weight: Tensor) -> Value:
     """A weight [out, in] in e4m3 with a float32 scale for each row, rounded to nearest once."""
     data, scale = pack_fp8(weight, _quantized_parts(weight.shape)["scale"])
@@ -175,8 +183,9 @@ def _packed(source: Source, keeps_packed: bool, eight_bit: bool) -> PackedWeight
         role: torch.empty(info.torch_shape, dtype=info.torch_dtype, device="meta")
         for role, info in weight.parts.items()
     }
-    packed = PackedWeight(weight.format, weight.shape, parts)
-    return packed if keeps_packed or (eight_bit and packed.is_factor) else None
+    return (
+        PackedWeight(weight.format, weight.shape, parts) if keeps_packed or (eight_bit and multiplies(weight)) else None
+    )
 
 
 def _quantized_parts(shape: Sequence[int]) -> Value:

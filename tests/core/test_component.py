@@ -43,10 +43,12 @@ CLIP = ClipShape(9, 64, 64, 24.0)
 OFF = StreamGuidance()
 PROMPT = "a bell rings"
 PLAIN, FORMATS = "plain", ("plain", "fp8", "nvfp4")
+IN_FP8 = "plain in fp8"
 POLICIES = ("pair", "pinned", "file", "side")
 WAYS = [
     *((name, PLAIN) for name in POLICIES),
     *(("pair", "fp8"), ("file", "fp8"), ("pinned", "nvfp4"), ("side", "nvfp4")),
+    *((name, IN_FP8) for name in ("pair", "pinned", "file")),
 ]
 # blocks of the tiny transformer, layers of the tiny text encoder
 BLOCKS, LAYERS = 3, 6
@@ -103,7 +105,9 @@ def spec(models):
     """A function from a format and a list of LoRAs to the spec of the model."""
 
     def make(format=PLAIN, loras=NONE, **options):
-        checkpoint = models / "checkpoints" / f"{format}.safetensors"
+        file, _, numerics = format.partition(" in ")
+        checkpoint = models / "checkpoints" / f"{file}.safetensors"
+        options = {**options, "numerics": numerics or "exact"}
         encoder = models / "text_encoders" / TEXT_ENCODER
         made = ModelSpec.of(checkpoint, encoder, dtype="bfloat16", device="cpu", **options)
         for name, strength, video, audio in loras:

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from ltx2_engine import cli
+from ltx2_engine.ltx2_core.config.numerics import NUMERICS
 from ltx2_engine.ltx2_core.host import use_host
 from ltx2_engine.ltx2_core.media import read_video
 from ltx2_engine.ltx2_core.paths import PathError
@@ -99,6 +100,22 @@ def test_a_memory_limit_belongs_to_the_model(models):
     with use_host(StandaloneHost([models], progress="quiet")):
         assert LTX2LoadModel.IS_CHANGED(**full) == LTX2LoadModel.IS_CHANGED(**full, memory_limit=0.0)
         assert LTX2LoadModel.IS_CHANGED(**full) != LTX2LoadModel.IS_CHANGED(**full, memory_limit=12.5)
+
+
+def test_numerics_belong_to_the_model(models):
+    full = {"checkpoint": checkpoint_file("2.3"), "text_encoder": TEXT_ENCODER}
+    assert spec(models, **full).numerics == "exact"
+    assert spec(models, **full, dtype="bfloat16", numerics="fp8").numerics == "fp8"
+    with pytest.raises(ValueError, match="numerics fp8 needs bfloat16"):
+        spec(models, **full, numerics="fp8")
+    with use_host(StandaloneHost([models], progress="quiet")):
+        assert LTX2LoadModel.IS_CHANGED(**full) == LTX2LoadModel.IS_CHANGED(**full, numerics="exact")
+        assert LTX2LoadModel.IS_CHANGED(**full) != LTX2LoadModel.IS_CHANGED(**full, numerics="fast")
+
+
+def test_numerics_come_last_so_that_saved_workflows_keep_their_order(offered):
+    assert list(LTX2LoadModel.INPUT_TYPES()["optional"])[-1] == "numerics"
+    assert offered["numerics"] == list(NUMERICS)
 
 
 def test_reading_begins_before_another_node_asks(models):
