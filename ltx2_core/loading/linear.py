@@ -31,13 +31,19 @@ def is_factor(format: str, dtype: torch.dtype, scale: Sequence[int], shape: Sequ
 
 
 class PackedWeight(nn.Module):
-    """A weight [out, in] in the blocks and scales of its file; its parts are buffers, by role."""
+    """A weight [out, in] in the blocks and scales of its file; its parts are buffers, by role.
+
+    is_factor: whether it is a factor of an eight-bit product as it is.
+    """
 
     def __init__(self, format: str, shape: Sequence[int], parts: Mapping[str, Tensor]):
         super().__init__()
         self.format, self.shape = format, tuple(shape)
         for role, tensor in parts.items():
             self.register_buffer(role, tensor)
+        # asked at every use
+        scale = parts["scale"].shape if "scale" in parts else ()
+        self.is_factor = is_factor(format, parts["data"].dtype, scale, self.shape)
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -46,15 +52,10 @@ class PackedWeight(nn.Module):
     def unpack(self, dtype: torch.dtype) -> Tensor:
         return unpack(self.format, self.parts, self.shape, dtype)
 
-    @property
-    def is_factor(self) -> bool:
-        parts = self.parts
-        return is_factor(self.format, parts["data"].dtype, parts["scale"].shape if "scale" in parts else (), self.shape)
-
     def factor(self) -> Quantized:
         """The weight as a factor of an eight-bit product, for one that is such a factor."""
-        parts = self.parts
-        data, scale = parts["data"], parts.get("scale")
+        data, scale = self._buffers["data"], self._buffers.get("scale")
+        assert data is not None
         if scale is None:
             return Quantized(data, torch.ones((1, 1), device=data.device))
         return Quantized(data, scale.float().reshape(-1, 1))
@@ -105,7 +106,8 @@ class PackedLinear(nn.Module):
     @property
     def in_eight_bits(self) -> bool:
         """Whether inputs in sixteen bits are multiplied in eight."""
-        return self.eight_bit and self.packed is not None and self.packed.is_factor
+        packed = self.packed if self.eight_bit else None
+        return packed is not None and packed.is_factor
 
     @property
     def reads_rows(self) -> bool:
@@ -131,7 +133,8 @@ class PackedLinear(nn.Module):
     @property
     def _input_scale(self) -> Tensor | None:
         """The scale that the file gives for all inputs."""
-        scale = None if self.packed is None else self.packed.parts.get("input_scale")
+        packed = self.packed
+        scale = None if packed is None else packed._buffers.get("input_scale")
         return None if scale is None else scale.float()
 
 

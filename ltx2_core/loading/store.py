@@ -361,7 +361,8 @@ class WeightStore:
         ]
         if slot.quantized:
             return quantized(add(self._stored(task)["data"], parts))
-        base = self._base(task)
+        # streamed blocks lie in host memory, what changes them lands on the device
+        base = {role: part.to(self.device, non_blocking=True) for role, part in self._base(task).items()}
         if not slot.packed:
             data = base["data"]
             return {"data": add(data, parts, dtype=data.dtype)}
