@@ -915,7 +915,7 @@ def test_the_way_back_counts_what_is_still_to_be_loaded(network, monkeypatch):
     """The room for bases is what the loaded network and its work leave."""
     asked = []
 
-    def choose(touched, work, *, device_free, host_free, low_rank):
+    def choose(touched, work, *, device_free, host_free):
         asked.append(device_free)
         return "file"
 
