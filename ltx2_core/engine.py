@@ -43,6 +43,7 @@ from .sampling.guidance import GuidancePass, StreamGuidance, evaluation_mode, pl
 from .sampling.noise import SamplerNoise, generator, noise_source, noised
 from .sampling.samplers import NEEDS_UNCOND, SAMPLERS, evaluations
 from .sampling.sigmas import check_sigmas
+from .sampling.warm_up import warm_up
 from .sampling_memory import WorkBytes, sampling_work_bytes
 from .shapes import VIDEO_SPACE_FACTOR, VIDEO_TIME_FACTOR, ClipShape
 from .text import gemma
@@ -167,6 +168,8 @@ class LocalEngine:
                     None if job.negative is None else self._on_device(job.negative),
                     host().check_interrupt,
                 )
+                if runs_fused(self.device):
+                    warm_up(states, passes, guidance, job.sampler.name)
                 noise = SamplerNoise(job.sampler, job.seed, self.device)
                 with host().progress(evaluations(job.sampler.name, sigmas), "sampling") as progress:
                     shown = partial(_show, progress, self._previewer(job.latent.clip, states))
