@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -18,6 +18,9 @@ MAX_CONV_ELEMENTS = 2**31 - 1
 
 Modulation = tuple[Tensor, Tensor]
 """(shift, scale), each [B, C, 1, 1, 1]."""
+
+Write = Callable[[Tensor, Tensor], None]
+"""(x, out): stores in ``out`` what a convolution shall see of ``x``; pointwise along time."""
 
 
 def patchify(pixels: Tensor, patch: int) -> Tensor:
@@ -54,9 +57,10 @@ def pixel_norm_silu(x: Tensor, out: Tensor, modulation: Modulation | None = None
     """Write SiLU(x / rms(x) * (1 + scale) + shift) to ``out``, the root mean square taken over channels.
 
     Every operation rounds to the activation's dtype, as in the released implementation.
-    Writes in place, so it runs without gradients only.
+    Writes in place, so it runs without gradients only. ``x`` and ``out`` share no memory.
     """
-    rms = x.square().mean(dim=1, keepdim=True).add_(1e-8).sqrt_()
+    # the squares lie where the result will, so no third activation is made
+    rms = torch.square(x, out=out).mean(dim=1, keepdim=True).add_(1e-8).sqrt_()
     torch.div(x, rms, out=out)
     if modulation is not None:
         shift, scale = modulation
@@ -80,16 +84,20 @@ class TimeConv3d(nn.Module):
         self.causal = causal
         self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=(0, 1, 1), padding_mode=padding_mode)
 
-    def forward(self, x: Tensor, memory: Memory, last: bool, write: Callable[[Tensor, Tensor], None] = _copy) -> Tensor:
-        """Convolve the next piece.
+    def forward(self, x: Tensor, memory: Memory, last: bool, write: Write = _copy) -> Tensor:
+        """Convolve the next piece, of which ``write`` says what the convolution shall see."""
+        return self.convolve(self.padded(x, memory, last, write))
 
-        write: (x, out) -> None stores what the convolution shall see of ``x``; pointwise along time. It goes straight
-        into the padded buffer, which saves a pass over the activation.
+    def padded(self, x: Tensor, memory: Memory, last: bool, write: Write = _copy) -> Tensor:
+        """What ``convolve`` is to see of the next piece: the written frames between those that time adds to them.
+
+        Apart from ``convolve`` so that a caller may drop ``x`` in between. ``write`` goes straight into the padded
+        buffer, which saves a pass over the activation.
         """
         b, c, t, h, w = x.shape
         if t == 0:
             assert not last, "a last piece holds at least one frame"
-            return x.new_empty(b, self.conv.out_channels, 0, h, w)
+            return x
         kept = memory.take(self)
         front = 2 if self.causal or kept is not None else 1
         behind = 1 if last and not self.causal else 0
@@ -101,11 +109,12 @@ class TimeConv3d(nn.Module):
             seen[:, :, -1:] = inner[:, :, -1:]
         if not last:
             memory.keep(self, seen[:, :, -2:])
-        return self._convolve(seen)
+        return seen
 
-    def _convolve(self, seen: Tensor) -> Tensor:
+    def convolve(self, seen: Tensor) -> Tensor:
+        """[B, in channels, T + 2, H, W] -> [B, out channels, T, H, W]; fewer than three frames give none."""
         b, c, t, h, w = seen.shape
-        frames = t - 2
+        frames = max(t - 2, 0)
         if frames == 0:
             return seen.new_empty(b, self.conv.out_channels, 0, h, w)
         per_frame = b * max(c, self.conv.out_channels) * (h + 2) * (w + 2)
@@ -127,16 +136,30 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory, last: bool, time_embedding: Tensor | None = None) -> Tensor:
         """time_embedding: [B, 4 * C] for a modulated block, else None."""
-        first: Callable[[Tensor, Tensor], None] = pixel_norm_silu
-        second: Callable[[Tensor, Tensor], None] = pixel_norm_silu
+        first: Write = pixel_norm_silu
+        second: Write = pixel_norm_silu
         if self.scale_shift_table is not None:
             assert time_embedding is not None
             rows = modulation_rows(self.scale_shift_table, time_embedding)
             first = partial(pixel_norm_silu, modulation=(rows[0], rows[1]))
             second = partial(pixel_norm_silu, modulation=(rows[2], rows[3]))
         h = self.conv1(x, memory, last, first)
-        h = self.conv2(h, memory, last, second)
-        return h.add_(memory.delay(self, x, h.shape[2], last))
+        seen = self.conv2.padded(h, memory, last, second)
+        # three activations at a time, not four: the hidden one is dropped before the next is made
+        del h
+        y = self.conv2.convolve(seen)
+        for frames, skip in _aligned(y, memory.delay(self, x, y.shape[2], last)):
+            frames.add_(skip)
+        return y
+
+
+def _aligned(y: Tensor, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each part, whose frames follow one another, with the frames of ``y`` that it belongs to."""
+    begin = 0
+    for part in parts:
+        end = begin + part.shape[2]
+        yield y[:, :, begin:end], part
+        begin = end
 
 
 def modulation_rows(table: Tensor, time_embedding: Tensor) -> tuple[Tensor, ...]:
@@ -195,12 +218,11 @@ class Upsample(nn.Module):
         """T frames become T, or 2T - 1 over the whole clip where time is up-sampled: the first one is dropped."""
         stride = self.config.stride
         y = self.conv(x, memory, last)
-        source = memory.delay(self, x, y.shape[2], last) if self.config.residual else None
+        skips = memory.delay(self, x, y.shape[2], last) if self.config.residual else []
         y = depth_to_space(y, stride)
-        if source is not None:
-            skip = depth_to_space(source, stride)
+        for frames, skip in _aligned(y, [depth_to_space(part, stride) for part in skips]):
             # the skip's channels repeat as a block: output channel c takes skip channel c mod skip channels
-            y.unflatten(1, (-1, skip.shape[1])).add_(skip.unsqueeze(1))
+            frames.unflatten(1, (-1, skip.shape[1])).add_(skip.unsqueeze(1))
         if stride[0] == 2 and y.shape[2] and memory.first(self):
             y = y[:, :, 1:]
         return y

@@ -39,13 +39,21 @@ class Memory:
         self._started.add(layer)
         return new
 
-    def delay(self, layer: nn.Module, x: Tensor, num_frames: int, last: bool) -> Tensor:
-        """Queue ``x`` [B, C, T, H, W] behind what ``layer`` still has here; return the queue's first frames."""
+    def delay(self, layer: nn.Module, x: Tensor, num_frames: int, last: bool) -> list[Tensor]:
+        """Queue ``x`` [B, C, T, H, W] behind what ``layer`` still has here; return the queue's first frames.
+
+        They come in parts, one after the other, as they lie in memory: putting them together would copy them all.
+        """
         kept = self.take(layer)
-        queue = x if kept is None else torch.cat((kept, x), dim=2)
-        if not last and num_frames < queue.shape[2]:
-            self.keep(layer, queue[:, :, num_frames:])
-        return queue[:, :, :num_frames]
+        now, later = [], []
+        for piece in [x] if kept is None else [kept, x]:
+            count = min(num_frames, piece.shape[2])
+            now.append(piece[:, :, :count])
+            later.append(piece[:, :, count:])
+            num_frames -= count
+        if not last and any(piece.shape[2] for piece in later):
+            self._frames[layer] = torch.cat(later, dim=2)
+        return now
 
     def move(self, device: torch.device) -> None:
         """Move everything, to make room on a device while another clip or tile runs there."""
