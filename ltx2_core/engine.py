@@ -24,6 +24,7 @@ from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
 from .config.version import ModelVersion
 from .evaluate import EVALUATIONS
+from .frames import deliver
 from .host import Progress, host
 from .job import DecodedClip, SampleJob, check_job, check_latents
 from .loading.build import sources_of
@@ -373,15 +374,12 @@ class LocalEngine:
         _LOG.info("decoding video %s", plan)
         latents = video.to(self.device, self.dtype)
         frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3)
-        done = 0
+        conditioned = self.config.video_vae.decoder.timestep_conditioning
+        noise = generator(_DECODER_NOISE_SEED, self.device) if conditioned else None
+        check = host().check_interrupt
         with host().progress(clip.frames, "decoding video") as progress:
-            conditioned = self.config.video_vae.decoder.timestep_conditioning
-            noise = generator(_DECODER_NOISE_SEED, self.device) if conditioned else None
-            for chunk in tiling.decode(decoder, latents, plan, lambda count, _: progress.to(count), noise=noise):
-                picture = ((chunk.float() + 1) / 2).clamp(0, 1)
-                frames[:, done : done + chunk.shape[2]] = picture.permute(0, 2, 3, 4, 1).cpu()
-                done += chunk.shape[2]
-        assert done == clip.frames, f"decoded {done} of {clip.frames} frames"
+            pieces = tiling.decode(decoder, latents, plan, noise=noise, check=check)
+            deliver(pieces, frames, self.device, progress.to, check)
         return frames.flatten(0, 1)
 
     def _make_room_in_limit(self, decoder_bytes: int, plan_for: Callable[[int | None, str], tiling.TilePlan]) -> None:

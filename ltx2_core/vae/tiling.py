@@ -283,37 +283,32 @@ def decode(
     decoder: VideoDecoder,
     latents: Tensor,
     plan: TilePlan,
-    on_chunk: OnChunk | None = None,
     *,
     decode_timestep: float = DECODE_TIMESTEP,
     noise: Noise = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Decode normalised latents [B, C, F, H, W]; yield finished pixels [B, 3, f, 32 H, 32 W] in order of time.
 
-    Chunks lie on the decoder's device, in its dtype or, where tiles were blended, in fp32. Exact along time; tiles
-    equal the whole picture away from their seams. ``decode_timestep`` and ``noise`` as in ``VideoDecoder``.
+    Chunks lie on the decoder's device, in its dtype or, where tiles were blended, in fp32; each belongs to the caller.
+    Exact along time; tiles equal the whole picture away from their seams. ``decode_timestep`` and ``noise`` as in
+    ``VideoDecoder``. check: called before every layer; may raise to stop.
     """
-    total = decoder.config.temporal_factor * (latents.shape[2] - 1) + 1
     if plan.tile is None:
-        chunks = decoder.stream(latents, plan.chunk_frames, decode_timestep=decode_timestep, noise=noise)
-    else:
-        chunks = _decode_tiles(decoder, decoder.prepare(latents, noise), plan, decode_timestep)
-    done = 0
-    for chunk in chunks:
-        done += chunk.shape[2]
-        if on_chunk is not None:
-            on_chunk(done, total)
-        yield chunk
+        return decoder.stream(latents, plan.chunk_frames, decode_timestep=decode_timestep, noise=noise, check=check)
+    return _decode_tiles(decoder, decoder.prepare(latents, noise), plan, decode_timestep, check)
 
 
-def _decode_tiles(decoder: VideoDecoder, z: Tensor, plan: TilePlan, decode_timestep: float) -> Iterator[Tensor]:
+def _decode_tiles(
+    decoder: VideoDecoder, z: Tensor, plan: TilePlan, decode_timestep: float, check: Callable[[], None]
+) -> Iterator[Tensor]:
     """Run the tiles in lockstep: every stream gives its next frames before any goes on, so they can be blended."""
     factor, height, width = decoder.config.spatial_factor, *z.shape[3:]
     tiles = plan.tiles(height, width)
     steps = decoder.steps(decode_timestep)
     memories = [Memory() for _ in tiles]
     streams = [
-        flow(steps, z[:, :, :, rows.cells, columns.cells], memory, True, plan.chunk_frames)
+        flow(steps, z[:, :, :, rows.cells, columns.cells], memory, True, plan.chunk_frames, check)
         for (rows, columns), memory in zip(tiles, memories, strict=True)
     ]
     while True:

@@ -87,13 +87,19 @@ def with_last(pieces: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
 
 
 def flow(
-    steps: Sequence[Step], x: Tensor, memory: Memory, last: bool, chunk_frames: int | None = None
+    steps: Sequence[Step],
+    x: Tensor,
+    memory: Memory,
+    last: bool,
+    chunk_frames: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Run the piece ``x`` [B, C, T, H, W] through ``steps``; yield the results in order of time.
 
     last: whether ``x`` ends the clip, so that layers give out what they hold back.
     chunk_frames: largest piece, counted in frames of the finest stage; None: never split. How many frames come out
     when depends on this and on the number of frames, not on the picture's size.
+    check: called before every layer; may raise to stop.
     """
     memory.waiting.append((0, x, last))
     del x
@@ -109,6 +115,7 @@ def flow(
             memory.waiting.extend((index, part, last and end) for part, end in reversed(parts))
             del parts
             continue
+        check()
         x = step.run(x, memory, last)
         if x.shape[2]:
             memory.waiting.append((index + 1, x, last))

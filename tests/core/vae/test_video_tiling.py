@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pathlib
 
@@ -132,21 +133,24 @@ def test_untiled_plans_equal_the_whole_pass():
 
 
 @pytest.mark.parametrize("tile", [None, (4, 4)])
-def test_progress_counts_every_frame_and_an_interrupt_stops_the_decode(tile: tuple[int, int] | None):
+@pytest.mark.parametrize("layers", [0, 1, 5, 12])
+def test_a_check_that_raises_stops_a_decode_before_the_next_layer(tile: tuple[int, int] | None, layers: int):
     decoder = seeded(VideoDecoder(config("2.3", tiny=True)))
-    calls, frames = [], []
-    with torch.no_grad():
-        for chunk in decode(decoder, random(1, WIDTH, 3, 2, 5), TilePlan(8, tile), lambda *seen: calls.append(seen)):
-            frames.append(chunk.shape[2])
-    assert len(calls) == len(frames) > 1
-    assert calls == [(sum(frames[: i + 1]), 17) for i in range(len(frames))]
-    assert calls[-1] == (17, 17)
+    convolutions, checks = [], []
 
-    def interrupt(done: int, total: int) -> None:
-        raise InterruptedError
+    def check() -> None:
+        checks.append(len(convolutions))
+        if len(checks) > layers:
+            raise InterruptedError
 
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.register_forward_hook(lambda *_: convolutions.append(1))
     with torch.no_grad(), pytest.raises(InterruptedError):
-        next(decode(decoder, random(1, WIDTH, 2, 2, 5), TilePlan(8, tile), interrupt))
+        list(decode(decoder, random(1, WIDTH, 3, 2, 5), TilePlan(8, tile), check=check))
+    assert len(checks) == layers + 1
+    assert checks[-1] == len(convolutions), "a layer ran after the check"
+    assert all(after - before <= 2 for before, after in itertools.pairwise(checks)), "more than a layer between checks"
 
 
 @pytest.mark.parametrize("tile", [None, (4, 4)])
