@@ -27,7 +27,7 @@ TILE_SIZES = (24, 16, 12, 8)
 CHUNK_SIZES = (64, 48, 32, 24, 16, DEFAULT_CHUNK_FRAMES)
 """Frames in work at once, best first. More would only delay what is copied away behind the last piece."""
 
-# a stream takes at most this part of what the whole clip would take, unless that is little anyway
+# a stream takes at most this part of what the whole clip would take, unless it takes little anyway
 _PART_OF_WHOLE = 0.5
 _LITTLE_BYTES = 1 << 30
 
@@ -138,8 +138,8 @@ def plan_decode(
     dtype_bytes: bytes of one activation element. free_bytes: free device memory without the weights, None when unknown.
     choice: "none" (whole clip), "temporal" (streamed along time), "spatial" (streamed, and tiled in space), or "auto":
     streamed, and tiled only where the smallest stream does not fit.
-    A stream has the longest pieces that fit into the free memory and into half of what the whole clip would take;
-    the shortest when the free memory is unknown. Where nothing fits, the smallest plan of the choice.
+    A stream has the longest pieces that fit into the free memory and into half of what the whole clip would take (or
+    into 1 GiB); the shortest when the free memory is unknown. Where nothing fits, the smallest plan of the choice.
     Raises ValueError for another choice.
     """
     batch, _, latent_frames, height, width = latent_shape
@@ -217,8 +217,7 @@ class _Sizes:
 
     def streams(self) -> list[TilePlan]:
         """Streams in pieces of every size that is worth it, the longest first."""
-        whole = self.whole().work_bytes
-        most = max(_PART_OF_WHOLE * whole, min(whole, _LITTLE_BYTES))
+        most = max(_PART_OF_WHOLE * self.whole().work_bytes, _LITTLE_BYTES)
         *longer, shortest = (
             TilePlan(chunk, work_bytes=self._stream(chunk, self.height, self.width)) for chunk in CHUNK_SIZES
         )

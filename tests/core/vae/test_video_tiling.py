@@ -238,6 +238,10 @@ def test_a_stream_takes_at_most_half_of_a_whole_decode_however_much_is_free(layo
     assert plan.work_bytes <= whole.work_bytes / 2
 
 
+def test_a_small_picture_is_not_cut_into_short_pieces():
+    assert plan_decode(config("2.3", tiny=False), (1, 128, 16, 4, 4), 2, 80 * GIB) == TilePlan(64)
+
+
 def test_auto_takes_the_first_plan_that_fits():
     vae, shape = config("2.3", tiny=False), (1, 128, 16, 34, 60)
     assert plan_decode(vae, shape, 2, 80 * GIB) == plan_decode(vae, shape, 2, 8 * GIB) == TilePlan(16)
