@@ -29,8 +29,7 @@ class Background(Generic[T]):
     """Runs ``work(self)`` in a thread on ``device``; ``name`` says what it does, ``done_bytes`` is its progress.
 
     after: work that has to end first, whether it succeeds or not; an interrupt of whoever waits for it ends this one too.
-    interrupted: read-only flag of the host. urgent: small kernels that would starve behind the node's large ones go
-    before those that have not begun.
+    interrupted: read-only flag of the host.
     """
 
     def __init__(
@@ -41,11 +40,10 @@ class Background(Generic[T]):
         device: torch.device,
         after: Background | None = None,
         interrupted: Callable[[], bool] = lambda: False,
-        urgent: bool = False,
     ):
         self.name = name
         self.done_bytes = 0
-        self._device, self._after, self._interrupted, self._urgent = device, after, interrupted, urgent
+        self._device, self._after, self._interrupted = device, after, interrupted
         self._stop = threading.Event()
         self._given_up = False
         # whether an interrupt ended the work, of which the host may know nothing any more
@@ -63,15 +61,10 @@ class Background(Generic[T]):
     def stopped(self) -> bool:
         return self._stop.is_set() or self._interrupted()
 
-    def check(self) -> None:
-        """Raise Interrupted if the work is to stop."""
-        if self.stopped():
-            raise Interrupted(f"{self.name} was stopped")
-
     def _run(self, work: Callable[[Background[T]], T]) -> None:
         try:
             self._wait_for_others()
-            with _on(self._device, self._urgent), torch.no_grad():
+            with _on(self._device), torch.no_grad():
                 self._result = work(self)
         except BaseException as error:
             if not isinstance(error, (Interrupted, OSError, ValueError)):
@@ -135,12 +128,12 @@ def _without_traceback(error: BaseException) -> BaseException:
 
 
 @contextlib.contextmanager
-def _on(device: torch.device, urgent: bool) -> Iterator[None]:
+def _on(device: torch.device) -> Iterator[None]:
     """The thread's device, with a stream that is not the node's and is finished when the block ends."""
     if device.type != "cuda":
         yield
         return
-    stream = _stream(torch.cuda.current_device() if device.index is None else device.index, -1 if urgent else 0)
+    stream = _stream(torch.cuda.current_device() if device.index is None else device.index)
     with torch.cuda.stream(stream):
         # weights that are replaced may still be read by what the node's thread asked for
         stream.wait_stream(torch.cuda.default_stream(device))
@@ -151,6 +144,6 @@ def _on(device: torch.device, urgent: bool) -> Iterator[None]:
 
 
 @functools.cache
-def _stream(index: int, priority: int) -> torch.cuda.Stream:
+def _stream(index: int) -> torch.cuda.Stream:
     """One a device for good: freed memory and the workspaces of matrix products are kept for their stream."""
-    return torch.cuda.Stream(torch.device("cuda", index), priority=priority)
+    return torch.cuda.Stream(torch.device("cuda", index))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import weakref
@@ -213,8 +212,8 @@ class LocalEngine:
             raise ValueError("this latent has no content yet: connect the sampler's output")
         check_latents(latent, self.config)
         frames = waveform = None
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            sound = None if audio is None else stack.enter_context(self._sound(audio))
+        with torch.no_grad():
+            sound = None if audio is None else self._sound(audio)
             if video is not None:
                 with phase("decoding video", self.device):
                     frames = self._decode_video(video, latent.clip, tiling_choice, sound)
@@ -371,7 +370,7 @@ class LocalEngine:
         return SoundDecoding(audio, self._networks["audio_decoder"], self._networks["vocoder"])
 
     def _decode_video(self, video: Tensor, clip: ClipShape, choice: str, sound: SoundDecoding | None) -> Tensor:
-        """Frames [B * F, H, W, 3]; ``sound`` is begun where there is room for it beside the video."""
+        """Frames [B * F, H, W, 3]; ``sound`` is decoded too where there is room for both."""
         plan_for = partial(tiling.plan_decode, self.config.video_vae, tuple(video.shape), self.dtype.itemsize)
         component = self._networks["video_decoder"]
         self._networks["transformer"].rest()
@@ -383,8 +382,6 @@ class LocalEngine:
         free = self._free_bytes()
         plan = plan_for(None if free is None else free - left, choice)
         _LOG.info("decoding video %s", plan)
-        if sound is not None:
-            sound.begin()
         latents = video.to(self.device, self.dtype)
         frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3)
         conditioned = self.config.video_vae.decoder.timestep_conditioning
@@ -392,6 +389,8 @@ class LocalEngine:
         check = host().check_interrupt
         with host().progress(clip.frames, "decoding video") as progress:
             pieces = tiling.decode(decoder, latents, plan, noise=noise, check=check)
+            if sound is not None:
+                pieces = sound.beside(pieces)
             deliver(pieces, frames, self.device, progress.to, check)
         return frames.flatten(0, 1)
 

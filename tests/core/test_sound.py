@@ -1,9 +1,8 @@
-"""Sound that is decoded beside the video: the same bits, every error, no thread left, and only where there is room."""
+"""Sound that is decoded beside the video: the same bits, every error, and only where there is room."""
 
 from __future__ import annotations
 
-import threading
-import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -23,22 +22,30 @@ CLIP = ClipShape(17, 64, 96, 24.0)
 def _inference():
     with torch.inference_mode():
         yield
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ltx2 ")], "a thread is left"
 
 
 @pytest.fixture
 def beside(monkeypatch):
-    """Lets the CPU run two decodes at once, and counts those that were begun."""
-    begun = []
-    begin = SoundDecoding.begin
+    """Has the sound decoded between the pieces of video, as on a GPU."""
+    monkeypatch.setattr(SoundDecoding, "_runs_beside", lambda self: True)
 
-    def watched(self):
-        begin(self)
-        begun.append(self._task is not None)
 
-    monkeypatch.setattr(SoundDecoding, "_can_run_beside", lambda self: True)
-    monkeypatch.setattr(SoundDecoding, "begin", watched)
-    return begun
+@pytest.fixture
+def order(monkeypatch):
+    """What is done, in order: the number of frames that have arrived, and "sound"."""
+    done = []
+    decode, deliver = SoundDecoding._decode, engine_module.deliver
+
+    def video(pieces, frames, device, on_frames, check):
+        deliver(pieces, frames, device, done.append, check)
+
+    def sound(self, *networks):
+        done.append("sound")
+        return decode(self, *networks)
+
+    monkeypatch.setattr(engine_module, "deliver", video)
+    monkeypatch.setattr(SoundDecoding, "_decode", sound)
+    return done
 
 
 def latent(engine) -> AVLatent:
@@ -48,116 +55,73 @@ def latent(engine) -> AVLatent:
     return AVLatent(CLIP, AV(video, torch.randn(shape, generator=generator)))
 
 
-def failing(monkeypatch, network, error):
-    """The network's forward raises."""
-
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(type(network), "forward", fail)
-
-
 @pytest.mark.parametrize("label", ["2.0", "2.3"])
 def test_beside_the_video_the_bits_are_the_same(tiny_engine, monkeypatch, label):
     engine = tiny_engine(label)
     alone = engine.decode(latent(engine), "temporal")
-    monkeypatch.setattr(SoundDecoding, "_can_run_beside", lambda self: True)
+    monkeypatch.setattr(SoundDecoding, "_runs_beside", lambda self: True)
     both = engine.decode(latent(engine), "temporal")
     assert torch.equal(both.frames, alone.frames)
     assert torch.equal(both.waveform, alone.waveform)
 
 
-def test_it_is_begun_once_the_video_has_its_place(tiny_engine, beside):
+def test_on_the_cpu_the_sound_comes_after_the_video(tiny_engine, order):
     engine = tiny_engine("2.3")
-    engine.decode(latent(engine), "auto")
+    engine.decode(latent(engine), "temporal")
+    assert order[-2:] == [17, "sound"]
+
+
+def test_beside_the_video_it_is_asked_for_after_the_first_piece(tiny_engine, beside, order):
+    engine = tiny_engine("2.3")
+    engine.decode(latent(engine), "temporal")
+    assert order[0] == "sound"
+    assert order[-1] == 17
+    assert order.count("sound") == 1
+    order.clear()
     engine.decode(latent(engine).without_video(), "auto")
-    assert beside == [True]
+    assert order == ["sound"]
 
 
-def test_on_the_cpu_one_comes_after_the_other(tiny_engine, monkeypatch):
-    engine, order = tiny_engine("2.3"), []
-    decode, deliver = SoundDecoding._decode, engine_module.deliver
-
-    def video(*arguments):
-        deliver(*arguments)
-        order.append("video")
-
-    def sound(self, *arguments):
-        order.append(threading.current_thread().name)
-        return decode(self, *arguments)
-
-    monkeypatch.setattr(engine_module, "deliver", video)
-    monkeypatch.setattr(SoundDecoding, "_decode", sound)
-    engine.decode(latent(engine), "auto")
-    assert order == ["video", threading.current_thread().name]
-
-
-def test_an_error_of_the_sound_surfaces(tiny_engine, beside, monkeypatch):
+@pytest.mark.parametrize("network", ["video_decoder", "audio_decoder", "vocoder"])
+def test_an_error_of_either_surfaces_and_leaves_the_engine_usable(tiny_engine, beside, monkeypatch, network):
     engine = tiny_engine("2.3")
-    failing(monkeypatch, engine._networks["vocoder"].use(0), ValueError("no sound"))
-    with pytest.raises(ValueError, match="no sound"):
-        engine.decode(latent(engine), "auto")
-    assert beside == [True]
+    want = engine.decode(latent(engine), "auto")
+
+    def fail(*_, **__):
+        raise ValueError("not decoded")
+
+    with monkeypatch.context() as patch:
+        kind = type(engine._networks[network].use(0))
+        patch.setattr(kind, "stream" if network == "video_decoder" else "forward", fail)
+        with pytest.raises(ValueError, match="not decoded"):
+            engine.decode(latent(engine), "auto")
+    again = engine.decode(latent(engine), "auto")
+    assert torch.equal(again.frames, want.frames)
+    assert torch.equal(again.waveform, want.waveform)
 
 
-def test_an_error_of_the_video_stops_the_sound(tiny_engine, beside, monkeypatch):
-    engine, steps = tiny_engine("2.3"), []
-
-    def endless(self, mel, on_stage):
-        while True:
-            steps.append(1)
-            time.sleep(0.005)
-            on_stage()
-
-    def fail(*_):
-        while not steps:
-            time.sleep(0.005)
-        raise ValueError("no picture")
-
-    monkeypatch.setattr(type(engine._networks["vocoder"].use(0)), "forward", endless)
-    monkeypatch.setattr(engine_module, "deliver", fail)
-    with pytest.raises(ValueError, match="no picture"):
-        engine.decode(latent(engine), "auto")
-
-
-@pytest.mark.parametrize("video_ends", [False, True])
-def test_an_interrupt_stops_both_and_is_raised_once(tiny_engine, beside, monkeypatch, tmp_path, video_ends):
-    engine = tiny_engine("2.3")
-    started = threading.Event()
-
-    def endless(self, mel, on_stage):
-        started.set()
-        while True:
-            time.sleep(0.005)
-            on_stage()
-
-    def slow(pieces, frames, device, on_frames, check):
-        while not (video_ends and started.is_set()):
-            time.sleep(0.005)
-            check()
-
-    monkeypatch.setattr(type(engine._networks["vocoder"].use(0)), "forward", endless)
-    monkeypatch.setattr(engine_module, "deliver", slow)
+def test_an_interrupt_during_the_sound_is_raised_once(tiny_engine, beside, monkeypatch, tmp_path):
+    engine, stages = tiny_engine("2.3"), []
     with use_host(StandaloneHost(output_dir=tmp_path, progress="quiet")) as host:
 
-        def interrupt():
-            started.wait()
-            time.sleep(0.1)
+        def interrupted(self, mel, on_stage):
             host.interrupt()
+            stages.append(1)
+            on_stage()
+            stages.append(2)
 
-        thread = threading.Thread(target=interrupt)
-        thread.start()
+        monkeypatch.setattr(type(engine._networks["vocoder"].use(0)), "forward", interrupted)
         with pytest.raises(Interrupted):
             engine.decode(latent(engine), "auto")
-        thread.join()
+        assert stages == [1]
         assert not host.interrupted(), "the next run would be interrupted too"
 
 
 class Network(SimpleNamespace):
     """A component of the CPU with 100 bytes of weights."""
 
-    def __init__(self, missing: int = 100):
-        super().__init__(missing_bytes=missing, device="cpu", uses=0)
+    def __init__(self):
+        super().__init__(missing_bytes=100, device="cpu", uses=0)
 
     def use(self, work_bytes):
         self.uses += 1
@@ -170,20 +134,34 @@ class Network(SimpleNamespace):
 )
 def test_it_is_prepared_where_it_fits_beside_the_others(beside, free, left):
     decoder, vocoder = Network(), Network()
-    with SoundDecoding(torch.zeros(2), decoder, vocoder) as sound:
-        assert sound.prepare(free, 50) == left
-        assert decoder.uses == vocoder.uses == (1 if left else 0)
-        sound.begin()
-        assert beside == [bool(left)]
-        assert torch.equal(sound.result(), torch.full((2,), 2.0))
+    sound = SoundDecoding(torch.zeros(2), decoder, vocoder)
+    assert sound.prepare(free, 50) == left
+    assert decoder.uses == vocoder.uses == (1 if left else 0)
+    list(sound.beside(torch.zeros(3)))
+    assert torch.equal(sound.result(), torch.full((2,), 2.0))
+    assert decoder.uses == vocoder.uses == 1
 
 
 def test_it_comes_after_the_video_when_that_took_its_memory(beside):
     decoder, vocoder = Network(), Network()
-    with SoundDecoding(torch.zeros(2), decoder, vocoder) as sound:
-        assert sound.prepare(10**15, 0) == WORK_BYTES
-        decoder.missing_bytes = 100
-        sound.begin()
-        assert beside == [False]
-        assert torch.equal(sound.result(), torch.full((2,), 2.0))
-        assert decoder.uses == 2
+    sound = SoundDecoding(torch.zeros(2), decoder, vocoder)
+    assert sound.prepare(10**15, 0) == WORK_BYTES
+    decoder.missing_bytes = 100
+    list(sound.beside(torch.zeros(3)))
+    assert torch.equal(sound.result(), torch.full((2,), 2.0))
+    assert decoder.uses == 2
+
+
+def test_it_holds_no_piece_of_the_video(beside):
+    def pieces():
+        for _ in range(3):
+            piece = torch.zeros(1)
+            alive.append(weakref.ref(piece))
+            yield piece
+            del piece
+            assert all(one() is None for one in alive)
+
+    alive = []
+    for piece in SoundDecoding(torch.zeros(2), Network(), Network()).beside(pieces()):
+        del piece
+    assert len(alive) == 3
