@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from ..config.video_vae import BlockConfig, ResStackConfig, VideoDecoderConfig, VideoEncoderConfig
+from .video_streaming import TOLERANCE
 
 # frames that a convolution sees beyond those of its piece: two, and pieces are not quite equal
 _PADDING = 3
@@ -79,7 +80,7 @@ def decode_stream_bytes(costs: list[LayerCost], cells: int, frames: int, chunk: 
         # up-sampling along time makes two frames of each but the clip's first
         piece, rate = (piece - first) * cost.rate / rate + first, cost.rate
         longest = max(1.0, chunk * finest.rate * finest.inputs / max(cost.inputs, cost.outputs))
-        if piece > longest:
+        if piece > TOLERANCE * longest:
             waiting += (piece + 1) * cost.inputs
             # cuts are equal but for a frame
             piece, first = min(longest, piece / ceil(piece / longest) + 1), 0

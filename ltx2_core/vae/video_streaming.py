@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+# Pieces grow and shrink by the frames that layers hold back; cutting one that is a little too long would leave two short
+# ones to all layers behind.
+TOLERANCE = 1.5
+
 
 class Memory:
     """The state of one stream: what the layers of a network remember of a clip, and pieces that wait for a layer.
@@ -97,8 +101,8 @@ def flow(
     """Run the piece ``x`` [B, C, T, H, W] through ``steps``; yield the results in order of time.
 
     last: whether ``x`` ends the clip, so that layers give out what they hold back.
-    chunk_frames: largest piece, counted in frames of the finest stage; None: never split. How many frames come out
-    when depends on this and on the number of frames, not on the picture's size.
+    chunk_frames: length of a piece, counted in frames of the finest stage; one that is longer by more than half is cut.
+    None: never. How many frames come out when depends on this and on the number of frames, not on the picture's size.
     check: called before every layer; may raise to stop.
     """
     memory.waiting.append((0, x, last))
@@ -110,7 +114,7 @@ def flow(
             continue
         step = steps[index]
         max_frames = x.shape[2] if chunk_frames is None else max(1, int(chunk_frames / step.relative_size))
-        if x.shape[2] > max_frames:
+        if x.shape[2] > TOLERANCE * max_frames:
             parts = with_last(split(x, max_frames))
             memory.waiting.extend((index, part, last and end) for part, end in reversed(parts))
             del parts
