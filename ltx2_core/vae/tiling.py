@@ -246,7 +246,7 @@ def _choose(sizes: _Sizes, free_bytes: int | None, choice: str) -> TilePlan:
     if choice not in CHOICES:
         raise ValueError(f"tiling {choice!r} is not known; choose one of {', '.join(CHOICES)}")
     plans: list[TilePlan] = []
-    # an encoder in pieces is not as fast as a whole one
+    # an encoder reads most pictures once, and few frames of them: a whole pass is the simpler one
     if choice == "none" or (choice == "auto" and not sizes.tiles_in_lockstep):
         plans.append(sizes.whole())
     if choice in ("auto", "temporal"):
