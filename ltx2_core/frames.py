@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,13 +60,15 @@ def _with_places(pieces: Iterable[Tensor], frames: Tensor) -> Iterator[tuple[Ten
         begin = end
 
 
-def _at_once(places: Iterable[tuple[Tensor, Tensor]]) -> Iterator[int]:
+def _at_once(places: Iterable[tuple[Tensor, Tensor]]) -> Generator[int, None, None]:
     for pixels, place in places:
         write_frames(pixels, place)
         yield place.shape[1]
 
 
-def _beside(places: Iterable[tuple[Tensor, Tensor]], device: torch.device, check: Callable[[], None]) -> Iterator[int]:
+def _beside(
+    places: Iterable[tuple[Tensor, Tensor]], device: torch.device, check: Callable[[], None]
+) -> Generator[int, None, None]:
     """A piece is fetched when the next one has been asked for, so the device always has work."""
     before: _Pictures | None = None
     with _Link(device) as link:

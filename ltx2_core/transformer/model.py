@@ -46,8 +46,8 @@ class Transformer(nn.Module):
         if name not in NUMERICS:
             raise ValueError(f"numerics {name!r} is not known; choose {', '.join(NUMERICS)}")
         for module in self.modules():
-            if hasattr(module, "fast"):
-                module.fast = name != "exact"
+            if "fast" in vars(module):
+                vars(module)["fast"] = name != "exact"
 
     @property
     def streams(self) -> AV[Stream]:

@@ -29,8 +29,8 @@ class LayerCost:
 
     def per_cell(self, patches: int) -> LayerCost:
         """The cost of so many patches."""
-        sizes = (patches * size for size in (self.inputs, self.outputs, self.live, self.kept))
-        return LayerCost(*sizes, self.rate)
+        inputs, outputs, live, kept = (patches * size for size in (self.inputs, self.outputs, self.live, self.kept))
+        return LayerCost(inputs, outputs, live, kept, self.rate)
 
 
 def decoder_costs(config: VideoDecoderConfig) -> list[LayerCost]:
