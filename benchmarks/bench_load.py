@@ -15,6 +15,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +23,7 @@ import pack  # noqa: F401
 import torch
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.config.released import released_config
+from ltx2_engine.ltx2_core.loading.arena import Arena
 from ltx2_engine.ltx2_core.loading.build import sources_of
 from ltx2_engine.ltx2_core.loading.changes import Adapter, Adapters
 from ltx2_engine.ltx2_core.loading.checkpoint import read_header
@@ -39,9 +41,12 @@ PROBE = "blocks.7.video.attn1.to_q.weight"
 
 
 def new_store(path: Path, model: ModelConfig, policy: str | None = None) -> WeightStore:
-    """A store for a transformer, from its file's header on."""
+    """A store for a transformer, from its file's header on, as a component makes it."""
     sources = sources_of((read_header(path),), "transformer")
-    store = WeightStore(build_on_meta("transformer", model), sources, device=DEVICE, dtype=torch.bfloat16)
+    module = build_on_meta("transformer", model)
+    store = WeightStore(module, sources, device=DEVICE, dtype=torch.bfloat16)
+    for block in module.blocks:
+        store.give_memory_later(block, partial(Arena.of, device=DEVICE, pin=False))
     store.pristine.policy = policy
     return store
 

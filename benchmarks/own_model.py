@@ -14,6 +14,7 @@ from ltx2_engine.ltx2_core.conditioning import state as tokens
 from ltx2_engine.ltx2_core.conditioning.state import LatentState
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
+from ltx2_engine.ltx2_core.loading.arena import Arena
 from ltx2_engine.ltx2_core.networks import build_on_meta
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
 from ltx2_engine.ltx2_core.shapes import ClipShape
@@ -42,7 +43,11 @@ def fill(model: nn.Module, device: torch.device, dtype: torch.dtype = DTYPE) -> 
 
 
 def random_transformer(config: ModelConfig, device: torch.device) -> Transformer:
-    return fill(build_on_meta("transformer", config), device)
+    """Weights lie as loading leaves them, every block's in one arena."""
+    model = fill(build_on_meta("transformer", config), device)
+    for block in model.blocks:
+        Arena.of(block, device, pin=False)
+    return model
 
 
 def drawing(device: torch.device, dtype: torch.dtype = DTYPE) -> Draw:

@@ -62,7 +62,8 @@ def pixel_norm_silu(
 
 
 def _chain(x: Tensor, out: Tensor, modulation: Any) -> Tensor:
-    rms = x.square().mean(dim=1, keepdim=True).add_(EPS).sqrt_()
+    # the squares lie where the result will, so no third activation is made
+    rms = torch.square(x, out=out).mean(dim=1, keepdim=True).add_(EPS).sqrt_()
     torch.div(x, rms, out=out)
     if modulation is not None:
         shift, scale = modulation

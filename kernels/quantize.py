@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ LARGEST = 448.0
 SMALLEST_SCALE = 1e-12
 WIDEST = 32768
 _SAMPLE = 256
+# in plain torch so many numbers at a time, since it takes several float32 copies of them
+_ELEMENTS = 1 << 22
 
 
 def _twin_of_quantize() -> Callable:
@@ -63,13 +65,26 @@ def quantize_rows(x: Tensor, scale: Tensor | None = None, *, fast: bool = False)
     ``input_scale``). Divisions and cast round to nearest. A row with a NaN becomes one of NaN (with a given scale only
     the NaN itself). ``fast`` changes nothing.
     """
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+    parts = rows.split(max(1, _ELEMENTS // max(1, rows.shape[1])))
+    data, scales = zip(*(_quantized(part, scale) for part in parts), strict=True)
+    shape = (*x.shape[:-1], 1)
+    return Quantized(_joined(data).view(x.shape), torch.cat(scales).view(shape) if scale is None else scale)
+
+
+def _quantized(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     numbers = x.to(torch.float32)
     if scale is None:
         peak = numbers.abs().amax(-1, keepdim=True)
         # a tensor as divisor: CUDA multiplies by the inverse of a number
         scale = (peak / peak.new_full((), LARGEST)).clamp_min(SMALLEST_SCALE)
     # the cast saturates on some devices only
-    return Quantized((numbers / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale)
+    return (numbers / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    # as bytes: not every operation takes eight-bit floats
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
 
 
 @operation(twin=_twin_of_gelu, fit=_fit_gelu, sample=_sample_gelu, contract=CLOSE)

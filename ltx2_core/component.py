@@ -130,7 +130,7 @@ class Component(Generic[M]):
     @property
     def pending_bytes(self) -> int:
         """What a reading in the background has still to take of the device."""
-        return 0 if self._loading is None else self._missing_bytes()
+        return 0 if self._loading is None else self.missing_bytes
 
     def bytes_on(self, device: str) -> int:
         if self._store is None:
@@ -157,6 +157,11 @@ class Component(Generic[M]):
         host().retire(self)
 
     # sizes ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the network has still to take of its device."""
+        return max(self.device_bytes(len(self._arenas)) - self.bytes_on(self.device), 0)
 
     @cached_property
     def full_bytes(self) -> int:
@@ -246,10 +251,6 @@ class Component(Generic[M]):
         slots = 0 if self._stream is None else self._stream.device_bytes
         return max(self.bytes_on(self.device) - slots - self._resident_bytes(len(self._arenas)), 0)
 
-    def _missing_bytes(self) -> int:
-        """What the network has still to take of the device."""
-        return max(self.device_bytes(len(self._arenas)) - self.bytes_on(self.device), 0)
-
     def _fewest_streamed(self, room: int) -> int:
         """How many blocks have to be streamed for the weights to fit; all of them where even that does not suffice."""
         counts = range(len(self.block_bytes) + 1)
@@ -272,7 +273,7 @@ class Component(Generic[M]):
         policy = choose_policy(
             touched,
             work_bytes,
-            device_free=None if free is None else free - self._missing_bytes(),
+            device_free=None if free is None else free - self.missing_bytes,
             host_free=host().free_bytes("cpu"),
         )
         self._touched = touched.held_bytes

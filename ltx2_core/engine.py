@@ -24,6 +24,7 @@ from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
 from .config.version import ModelVersion
 from .evaluate import EVALUATIONS
+from .frames import deliver
 from .host import Progress, host
 from .job import DecodedClip, SampleJob, check_job, check_latents
 from .loading.lora.file import read_lora, reference_factors
@@ -41,8 +42,10 @@ from .sampling.guidance import GuidancePass, StreamGuidance, evaluation_mode, pl
 from .sampling.noise import SamplerNoise, generator, noise_source, noised
 from .sampling.samplers import NEEDS_UNCOND, SAMPLERS, evaluations
 from .sampling.sigmas import check_sigmas
+from .sampling.warm_up import warm_up
 from .sampling_memory import WorkBytes, sampling_work_bytes
 from .shapes import VIDEO_SPACE_FACTOR, VIDEO_TIME_FACTOR, ClipShape
+from .sound import SoundDecoding
 from .text import gemma
 from .text.context import Context
 from .text.native import split_conditioning
@@ -165,6 +168,8 @@ class LocalEngine:
                     None if job.negative is None else self._on_device(job.negative),
                     host().check_interrupt,
                 )
+                if runs_fused(self.device):
+                    warm_up(states, passes, guidance, job.sampler.name)
                 noise = SamplerNoise(job.sampler, job.seed, self.device)
                 with host().progress(evaluations(job.sampler.name, sigmas), "sampling") as progress:
                     shown = partial(_show, progress, self._previewer(job.latent.clip, states))
@@ -210,12 +215,14 @@ class LocalEngine:
         check_latents(latent, self.config)
         frames = waveform = None
         with torch.no_grad():
+            sound = None if audio is None else self._sound(audio)
             if video is not None:
                 with phase("decoding video", self.device):
-                    frames = self._decode_video(video, latent.clip, tiling_choice)
-            if audio is not None:
+                    frames = self._decode_video(video, latent.clip, tiling_choice, sound)
+            if sound is not None:
+                # of a sound that is decoded beside the video, what it took longer
                 with phase("decoding sound", self.device):
-                    waveform = self._decode_audio(audio)
+                    waveform = sound.result()
         return DecodedClip(frames, waveform, self.config.vocoder.sample_rate, latent.clip.fps)
 
     def close(self) -> None:
@@ -297,6 +304,7 @@ class LocalEngine:
                 sampler=job.sampler.name,
                 unpack_bytes=self._unpack_bytes,
                 fused=runs_fused(self.device),
+                eight_bit=self.files.spec.numerics == "fp8",
             )
 
         return work
@@ -359,26 +367,32 @@ class LocalEngine:
 
     # decoding ---------------------------------------------------------------------------------------------------
 
-    def _decode_video(self, video: Tensor, clip: ClipShape, choice: str) -> Tensor:
+    def _sound(self, audio: Tensor) -> SoundDecoding:
+        return SoundDecoding(audio, self._networks["audio_decoder"], self._networks["vocoder"])
+
+    def _decode_video(self, video: Tensor, clip: ClipShape, choice: str, sound: SoundDecoding | None) -> Tensor:
+        """Frames [B * F, H, W, 3]; ``sound`` is decoded too where there is room for both."""
         plan_for = partial(tiling.plan_decode, self.config.video_vae, tuple(video.shape), self.dtype.itemsize)
         component = self._networks["video_decoder"]
         self._networks["transformer"].rest()
         self._make_room_in_limit(component.full_bytes, plan_for)
-        # the memory of a stream is asked for; what is free beyond it decides whether the clip decodes at once
-        decoder = component.use(plan_for(None, choice).work_bytes)
-        plan = plan_for(self._free_bytes(), choice)
+        # the memory of the smallest stream is asked for; what is free beyond it makes the pieces longer
+        least = plan_for(None, choice).work_bytes
+        left = 0 if sound is None else sound.prepare(self._free_bytes(), component.missing_bytes + least)
+        decoder = component.use(least + left)
+        free = self._free_bytes()
+        plan = plan_for(None if free is None else free - left, choice)
         _LOG.info("decoding video %s", plan)
         latents = video.to(self.device, self.dtype)
         frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3)
-        done = 0
+        conditioned = self.config.video_vae.decoder.timestep_conditioning
+        noise = generator(_DECODER_NOISE_SEED, self.device) if conditioned else None
+        check = host().check_interrupt
         with host().progress(clip.frames, "decoding video") as progress:
-            conditioned = self.config.video_vae.decoder.timestep_conditioning
-            noise = generator(_DECODER_NOISE_SEED, self.device) if conditioned else None
-            for chunk in tiling.decode(decoder, latents, plan, lambda count, _: progress.to(count), noise=noise):
-                picture = ((chunk.float() + 1) / 2).clamp(0, 1)
-                frames[:, done : done + chunk.shape[2]] = picture.permute(0, 2, 3, 4, 1).cpu()
-                done += chunk.shape[2]
-        assert done == clip.frames, f"decoded {done} of {clip.frames} frames"
+            pieces = tiling.decode(decoder, latents, plan, noise=noise, check=check)
+            if sound is not None:
+                pieces = sound.beside(pieces)
+            deliver(pieces, frames, self.device, progress.to, check)
         return frames.flatten(0, 1)
 
     def _make_room_in_limit(self, decoder_bytes: int, plan_for: Callable[[int | None, str], tiling.TilePlan]) -> None:
@@ -390,15 +404,6 @@ class LocalEngine:
             if free is None or plan_for(max(free - decoder_bytes, 0), "auto").tile is None:
                 return
             one.release(str(self.device), None)
-
-    def _decode_audio(self, audio: Tensor) -> Tensor:
-        decoder = self._networks["audio_decoder"].use(_AUDIO_WORK_BYTES)
-        vocoder = self._networks["vocoder"].use(_AUDIO_WORK_BYTES)
-        with host().progress(1, "decoding sound") as progress:
-            mel = decoder(audio.to(self.device, torch.float32), on_stage=host().check_interrupt)
-            waveform = vocoder(mel, on_stage=host().check_interrupt).float().cpu()
-            progress.step()
-        return waveform
 
 
 class _Encoders:

@@ -8,11 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..kernels import runs_fused
 from .av import AV
 from .conditioning.attention import attention_bias
 from .conditioning.state import LatentState
 from .sampling.denoise import Evaluate
 from .sampling.guidance import GuidancePass
+from .sampling.warm_up import some_values
 from .transformer.inputs import Pass, Perturbation, StreamInput, Timesteps, plan_keeps
 from .transformer.model import Transformer
 from .transformer.rope import Rotary
@@ -39,6 +41,8 @@ def batched_evaluate(
     first = next(states.present())
     perturbations = [_perturbation(one) for one in passes for _ in range(first.latent.shape[0])]
     keeps = plan_keeps(perturbations, model.config.num_layers, first.latent.device, first.latent.dtype)
+    if runs_fused(first.latent.device):
+        model.warm_up(templates.map(lambda t: t.trial()), keeps)
 
     def evaluate(x: AV[Tensor], sigma: float, enabled: AV[bool]) -> list[AV[Tensor]]:
         velocity = model(templates.map(lambda t, x, on: t.at(x, sigma, on), x, enabled), keeps=keeps, on_block=on_block)
@@ -65,6 +69,11 @@ def split_evaluate(
     prompts = _project(model, states, positive, negative)
     templates = [_templates(model, states, prompt, 1) for prompt in prompts]
     perturbations = [_perturbation(one) for one in passes]
+    first = next(states.present()).latent
+    if runs_fused(first.device):
+        for one, skips in zip(passes, perturbations, strict=True):
+            keeps = plan_keeps([skips], model.config.num_layers, first.device, first.dtype)
+            model.warm_up(templates[one.negative].map(lambda t: t.trial()), keeps)
 
     def evaluate(x: AV[Tensor], sigma: float, enabled: AV[bool]) -> list[AV[Tensor]]:
         # passes of one prompt get one input object, by which the model knows that they begin alike
@@ -124,6 +133,10 @@ class _Template:
             attention_bias=None if bias is None else bias.repeat(copies, 1, 1, 1),
             keyframes_mask=state.keyframes_mask,
         )
+
+    def trial(self) -> StreamInput:
+        """Tokens of no meaning at some level, to try kernels on."""
+        return self.at(some_values(self.input.latent), 0.5, True)
 
     def at(self, x: Tensor, sigma: float, enabled: bool) -> StreamInput:
         times = Timesteps(self.levels * sigma, self.input.timesteps.index, self.own * sigma)

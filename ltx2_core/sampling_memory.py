@@ -70,13 +70,15 @@ class WorkBytes:
 class _Stream:
     """Bytes of one stream.
 
-    kept: from the first step to the last. width: the hidden states. text: what a block keeps of prompts.
+    kept: from the first step to the last. width: the hidden states. rows: these in eight bits, where layers read those.
+    text: what a block keeps of prompts.
     first: self and text attention. crossed: tokens as wide as audio-video attention. received: with what comes from the
     other stream.
     """
 
     kept: int
     width: int
+    rows: int
     text: int
     first: int
     crossed: int
@@ -97,6 +99,7 @@ def sampling_work_bytes(
     sampler: str = "euler",
     unpack_bytes: int = 0,
     fused: bool = False,
+    eight_bit: bool = False,
 ) -> WorkBytes:
     """The most that sampling takes beside the weights.
 
@@ -104,6 +107,7 @@ def sampling_work_bytes(
     batch: samples. passes: of a step. mode: ``split`` or ``batched``. dtype: of activations.
     levels: distinct values of each stream's mask. biased: which streams' self attention has weights.
     unpack_bytes: the most that unpacking one packed weight holds. fused: whether fused kernels run.
+    eight_bit: whether blocks compute in eight bits.
 
     Without the workspaces of a GPU's libraries. Split passes count as if they differed from the first block on.
     Raises ValueError for an unknown mode.
@@ -118,6 +122,7 @@ def sampling_work_bytes(
 
     def stream(count: int, own: StreamConfig, levels: int, biased: bool) -> _Stream:
         width = samples * count * own.dim * size
+        eight = width // size if eight_bit else 0
         crossed = samples * count * config.cross_dim * size
         text = samples * text_tokens * own.context_dim * size
         rows = samples * levels * own.dim * size
@@ -136,22 +141,24 @@ def sampling_work_bytes(
             + batch * count * own.in_channels * copies
             + rows * (prompts * (branch_rows + _OTHER_ROWS) + branch_rows + _CROSS_ROWS),
             width=width,
+            rows=eight,
             text=prompts * _TEXT * text,
             first=max(
                 # a GPU copies weights whose rows are not aligned
-                (peaks.self_attention - 1) * width + max(width, bias if count % 8 else 0),
-                peaks.two_ways * width + gathered,
+                eight + (peaks.self_attention - 1) * width + max(width, bias if count % 8 else 0),
+                2 * eight + peaks.two_ways * width + gathered,
                 config.cross_attention_adaln * text,
             ),
             crossed=crossed,
-            received=peaks.received * width + gathered,
+            received=eight + peaks.received * width + gathered,
         )
 
     streams = list(tokens.map(stream, config.streams, levels, biased).present())
     state = sum(one.width for one in streams)
     # every pass keeps the state that entered a block until the last pass is through it
     waiting = (2 * (passes if split else 1) - 1) * state
-    between = _BETWEEN * state if len(streams) == 2 else _BEFORE_FF * state
+    rows = sum(one.rows for one in streams)
+    between = _BETWEEN * state + 2 * rows if len(streams) == 2 else _BEFORE_FF * state + rows
     work = 0
     for one, other in zip(streams, reversed(streams), strict=True):
         ahead = sum(before.width for before in streams[: streams.index(one)])
@@ -161,7 +168,12 @@ def sampling_work_bytes(
             between + _BEFORE_FF * ahead + max(one.received, peaks.crossed * other.crossed + _QUERIES * one.crossed)
             if len(streams) == 2
             else 0,
-            _BEFORE_FF * state + ahead + (_HIDDEN + _FF_RESULT) * one.width + unpack_bytes,
+            _BEFORE_FF * state
+            + rows
+            + ahead
+            + _HIDDEN * (one.width + one.rows)
+            + _FF_RESULT * one.width
+            + unpack_bytes,
         )
     allocated = sum(one.kept + one.text for one in streams) + waiting + work
     return WorkBytes(allocated, allocated + _FRAGMENTED * max(one.width for one in streams))

@@ -1,11 +1,13 @@
-"""Comparison of tensors for tests and benchmarks."""
+"""Comparison of tensors, and of the memory that they take, for tests and benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -43,3 +45,33 @@ def unfold_blocks(tensors: Mapping[str, Any], num_layers: int) -> dict[str, Any]
         for name, value in tensors.items()
         if mark in name
     }
+
+
+class LiveBytes(TorchDispatchMode):
+    """``peak``: the most bytes that tensors made inside the block hold at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._live, self.peak = 0, 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs or {}))}
+        result = operation(*args, **(kwargs or {}))
+        for key in [key for key, (storage, _) in self._storages.items() if storage() is None]:
+            self._live -= self._storages.pop(key)[1]
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self._storages:
+                self._storages[storage._cdata] = weakref.ref(storage), storage.nbytes()
+                self._live += storage.nbytes()
+        self.peak = max(self.peak, self._live)
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)

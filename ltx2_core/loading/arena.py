@@ -122,15 +122,14 @@ def _named(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for group in getattr(owner, "side_by_side", ()):
             linears = [owner.get_submodule(name) for name in group]
             for name in ("weight", "bias"):
-                yield from ((linear, name, linear._parameters[name]) for linear in linears if _has(linear, name))
+                for linear in linears:
+                    weights = linear._parameters.get(name)
+                    if weights is not None:
+                        yield linear, name, weights
     for owner in module.modules():
         for tensors in (owner.named_parameters, owner.named_buffers):
             for name, tensor in tensors(recurse=False, remove_duplicate=False):
                 yield owner, name, tensor
-
-
-def _has(linear: nn.Module, name: str) -> bool:
-    return linear._parameters.get(name) is not None
 
 
 def _view(typed: Tensor, place: _Place) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +164,8 @@ class StreamBlock(nn.Module):
         """Self and text attention of tokens x [B, T, C]; also the result normalised and modulated in these ways."""
         inputs = state.inputs
         text_is_modulated = self.prompt_scale_shift_table is not None
+        # tokens and branches by turns, in one name: each goes when the next is there
+        h: Any
         _, (h,) = self.add(x, ways=[_way(modulation, SELF_ROWS)], quantize=self.attn1.reads_rows)
         h = self.attn1.attend_self(h, inputs.rotary, bias=inputs.attention_bias, keep=keep)
         into_text = _way(modulation, TEXT_ROWS) if text_is_modulated else None
@@ -179,7 +182,7 @@ class StreamBlock(nn.Module):
         query, context: tokens of this and of the other stream, modulated for this direction.
         """
         attention = self.cross_attn
-        h = attention.attend_to(
+        h: Any = attention.attend_to(
             attention.keys_values(context, other.inputs.cross_rotary), query, own.inputs.cross_rotary
         )
         mask = keep if isinstance(keep, Tensor) else None

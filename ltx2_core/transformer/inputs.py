@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class Timesteps:
     rows: Tensor
     index: Tensor | None
     sigma: Tensor
+
+    def first(self, tokens: int) -> Timesteps:
+        """Those of the first ``tokens`` tokens."""
+        return self if self.index is None else replace(self, index=self.index[:, :tokens])
 
     def per_token(self) -> Tensor:
         """[B, T, 1] (or [B, 1, 1] where all tokens share their level)"""
@@ -51,6 +55,21 @@ class StreamInput:
     context_bias: Tensor | None = None
     keyframes_mask: Tensor | None = None
     enabled: bool = True
+
+    def first(self, tokens: int) -> StreamInput:
+        """The first ``tokens`` tokens, which attend to each other and to as many of the text."""
+        bias, text_bias, marks = self.attention_bias, self.context_bias, self.keyframes_mask
+        return replace(
+            self,
+            latent=self.latent[:, :tokens],
+            timesteps=self.timesteps.first(tokens),
+            context=self.context[:, :tokens],
+            rotary=self.rotary.first(tokens),
+            cross_rotary=self.cross_rotary.first(tokens),
+            attention_bias=None if bias is None else bias[..., :tokens, :tokens],
+            context_bias=None if text_bias is None else text_bias[..., :tokens, :tokens],
+            keyframes_mask=None if marks is None else marks[:, :tokens],
+        )
 
 
 @dataclass(frozen=True)

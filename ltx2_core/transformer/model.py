@@ -17,6 +17,9 @@ from .inputs import BlockKeep, Pass, Perturbation, StreamInput, plan_keeps
 from .rope import Rotary, rotary_table
 from .stream import Stream
 
+# enough for a kernel to show whether it is right
+_FEW = 64
+
 
 @dataclass(frozen=True)
 class _Walk:
@@ -43,8 +46,8 @@ class Transformer(nn.Module):
         if name not in NUMERICS:
             raise ValueError(f"numerics {name!r} is not known; choose {', '.join(NUMERICS)}")
         for module in self.modules():
-            if hasattr(module, "fast"):
-                module.fast = name != "exact"
+            if "fast" in vars(module):
+                vars(module)["fast"] = name != "exact"
 
     @property
     def streams(self) -> AV[Stream]:
@@ -108,6 +111,15 @@ class Transformer(nn.Module):
             ]
         results = {index: self._finish(walk) for members, walk in walks for index in members}
         return [results[index] for index in range(len(passes))]
+
+    def warm_up(self, inputs: AV[StreamInput], keeps: Sequence[BlockKeep]) -> None:
+        """Run the first block on a few tokens in every way that ``keeps`` (from ``plan_keeps``) tells of.
+
+        Fused kernels are compiled and checked then, so that no evaluation waits for it.
+        """
+        few = inputs.map(lambda one: one.first(_FEW))
+        for keep in dict.fromkeys(keeps):
+            self._finish(self._step(self.blocks[0], self._begin(few), keep, {}, None))
 
     def _begin(self, inputs: AV[StreamInput]) -> _Walk:
         conditioned = inputs.map(lambda own, stream, other: stream.condition(own, other), self.streams, inputs.swap())

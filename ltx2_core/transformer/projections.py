@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def apply(linear: nn.Module, tokens: Tokens) -> Tensor:
     return linear(tokens.plain, tokens.rows) if reads_rows(linear) else linear(tokens.plain)
 
 
-def project(tokens: Tokens, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+def project(tokens: Tokens, linears: Sequence[Any]) -> tuple[Tensor, ...]:
     """The outputs [B, T, width of each] of several linear layers for the same tokens.
 
     One matrix product where their weights and biases lie end to end, as those of a block do whose modules name them in

@@ -21,6 +21,10 @@ class Rotary:
     cos: Tensor
     sin: Tensor
 
+    def first(self, tokens: int) -> Rotary:
+        """Those of the first ``tokens`` tokens."""
+        return Rotary(self.cos[:, :, :tokens], self.sin[:, :, :tokens])
+
 
 def rotary_table(
     positions: Tensor,

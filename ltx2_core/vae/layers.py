@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from ..config.video_vae import PaddingMode, ResampleConfig
 from .video_streaming import Layer, Memory
 
 Write = Callable[[Tensor, Tensor], object]
-"""(x, out): store in ``out`` what a convolution shall see of ``x``."""
+"""(x, out): stores in ``out`` what a convolution shall see of ``x``; pointwise along time."""
 
 # cuDNN and PyTorch index convolutions with 32 bits
 MAX_CONV_ELEMENTS = 2**31 - 1
@@ -60,15 +60,19 @@ class TimeConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, 3, padding=(0, 1, 1), padding_mode=padding_mode)
 
     def forward(self, x: Tensor, memory: Memory, last: bool, write: Write = _copy) -> Tensor:
-        """Convolve the next piece.
+        """Convolve the next piece, of which ``write`` says what the convolution shall see."""
+        return self.convolve(self.padded(x, memory, last, write))
 
-        write: pointwise along time. It goes straight
-        into the padded buffer, which saves a pass over the activation.
+    def padded(self, x: Tensor, memory: Memory, last: bool, write: Write = _copy) -> Tensor:
+        """What ``convolve`` is to see of the next piece: the written frames between those that time adds to them.
+
+        Apart from ``convolve`` so that a caller may drop ``x`` in between. ``write`` goes straight into the padded
+        buffer, which saves a pass over the activation.
         """
         b, c, t, h, w = x.shape
         if t == 0:
             assert not last, "a last piece holds at least one frame"
-            return x.new_empty(b, self.conv.out_channels, 0, h, w)
+            return x
         kept = memory.take(self)
         front = 2 if self.causal or kept is not None else 1
         behind = 1 if last and not self.causal else 0
@@ -80,11 +84,12 @@ class TimeConv3d(nn.Module):
             seen[:, :, -1:] = inner[:, :, -1:]
         if not last:
             memory.keep(self, seen[:, :, -2:])
-        return self._convolve(seen)
+        return seen
 
-    def _convolve(self, seen: Tensor) -> Tensor:
+    def convolve(self, seen: Tensor) -> Tensor:
+        """[B, in channels, T + 2, H, W] -> [B, out channels, T, H, W]; fewer than three frames give none."""
         b, c, t, h, w = seen.shape
-        frames = t - 2
+        frames = max(t - 2, 0)
         if frames == 0:
             return seen.new_empty(b, self.conv.out_channels, 0, h, w)
         per_frame = b * max(c, self.conv.out_channels) * (h + 2) * (w + 2)
@@ -114,8 +119,33 @@ class ResBlock(nn.Module):
             first = partial(pixel_norm_silu, modulation=(rows[0], rows[1]))
             second = partial(pixel_norm_silu, modulation=(rows[2], rows[3]))
         h = self.conv1(x, memory, last, first)
-        h = self.conv2(h, memory, last, second)
-        return h.add_(memory.delay(self, x, h.shape[2], last))
+        seen = self.conv2.padded(h, memory, last, second)
+        # three activations at a time, not four: the hidden one is dropped before the next is made
+        del h
+        y = self.conv2.convolve(seen)
+        for frames, skip in _aligned(y, memory.delay(self, x, y.shape[2], last)):
+            frames.add_(skip)
+        return y
+
+
+def _aligned(y: Tensor, parts: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each part, whose frames follow one another, with the frames of ``y`` that it belongs to."""
+    begin = 0
+    for part in parts:
+        end = begin + part.shape[2]
+        yield y[:, :, begin:end], part
+        begin = end
+
+
+def _unfolded(x: Tensor, stride: tuple[int, int, int], skips: list[Tensor]) -> Tensor:
+    """``depth_to_space`` with a skip that comes in parts."""
+    if len(skips) < 2:
+        return depth_to_space(x, stride, *skips)
+    y = depth_to_space(x, stride)
+    for frames, skip in _aligned(y, [depth_to_space(part, stride) for part in skips]):
+        # the skip's channels repeat as a block: output channel c takes skip channel c mod skip channels
+        frames.unflatten(1, (-1, skip.shape[1])).add_(skip.unsqueeze(1))
+    return y
 
 
 def modulation_rows(table: Tensor, time_embedding: Tensor) -> tuple[Tensor, ...]:
@@ -174,8 +204,8 @@ class Upsample(nn.Module):
         """T frames become T, or 2T - 1 over the whole clip where time is up-sampled: the first one is dropped."""
         stride = self.config.stride
         y = self.conv(x, memory, last)
-        source = memory.delay(self, x, y.shape[2], last) if self.config.residual else None
-        y = depth_to_space(y, stride, source)
+        skips = memory.delay(self, x, y.shape[2], last) if self.config.residual else []
+        y = _unfolded(y, stride, skips)
         if stride[0] == 2 and y.shape[2] and memory.first(self):
             y = y[:, :, 1:]
         return y

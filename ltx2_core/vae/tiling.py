@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,13 +16,20 @@ from torch import Tensor
 from ..config.video_vae import VideoVAEConfig
 from .video_decoder import DECODE_TIMESTEP, DEFAULT_CHUNK_FRAMES, Noise, VideoDecoder
 from .video_encoder import VideoEncoder
-from .video_memory import LayerCost, decoder_costs, encoder_costs, streamed_bytes, whole_bytes
+from .video_memory import decode_stream_bytes, decoder_costs, encode_stream_bytes, encoder_costs, whole_bytes
 from .video_streaming import Memory, flow
 
 CHOICES = ("auto", "none", "temporal", "spatial")
 OVERLAP = 2
 TILE_SIZES = (24, 16, 12, 8)
 """Long side of a tile in latent cells, best first: 768, 512, 384 and 256 pixels."""
+
+CHUNK_SIZES = (64, 48, 32, 24, 16, DEFAULT_CHUNK_FRAMES)
+"""Frames in work at once, best first. More would only delay what is copied away behind the last piece."""
+
+# a stream takes at most this part of what the whole clip would take, unless it takes little anyway
+_PART_OF_WHOLE = 0.5
+_LITTLE_BYTES = 1 << 30
 
 OnChunk = Callable[[int, int], None]
 """(frames done, frames in all); called after every chunk, may raise to stop."""
@@ -129,21 +137,25 @@ def plan_decode(
 
     dtype_bytes: bytes of one activation element. free_bytes: free device memory without the weights, None when unknown.
     choice: "none" (whole clip), "temporal" (streamed along time), "spatial" (streamed, and tiled in space), or "auto":
-    the first of these that fits comfortably; streamed when the free memory is unknown. Where nothing fits, the
-    smallest plan of the choice.
+    streamed, and tiled only where the smallest stream does not fit.
+    A stream has the longest pieces that fit into the free memory and into half of what the whole clip would take (or
+    into 1 GiB); the shortest when the free memory is unknown. Where nothing fits, the smallest plan of the choice.
     Raises ValueError for another choice.
     """
     batch, _, latent_frames, height, width = latent_shape
     decoder = config.decoder
+    costs = decoder_costs(decoder)
     sizes = _Sizes(
-        costs=decoder_costs(decoder),
+        whole_bytes=partial(whole_bytes, costs, frames=latent_frames, dtype_bytes=dtype_bytes),
+        stream_bytes=lambda cells, chunk: decode_stream_bytes(
+            costs, cells, latent_frames, chunk / decoder.temporal_factor, dtype_bytes
+        ),
+        kept_bytes=sum(cost.kept for cost in costs) * dtype_bytes,
         batch=batch,
         height=height,
         width=width,
-        frames=latent_frames,
-        pixel_frames_per_frame=decoder.temporal_factor,
+        pixel_frames=decoder.temporal_factor * (latent_frames - 1) + 1,
         pixel_bytes=4 * decoder.out_channels * decoder.spatial_factor**2,
-        dtype_bytes=dtype_bytes,
         tiles_in_lockstep=True,
     )
     return _choose(sizes, free_bytes, choice)
@@ -156,23 +168,24 @@ def plan_encode(
     free_bytes: int | None,
     choice: str = "auto",
 ) -> TilePlan:
-    """Choose how to encode pixels of ``pixel_shape`` (B, 3, F, H, W); the rest as for ``plan_decode``."""
+    """Choose how to encode pixels of ``pixel_shape`` (B, 3, F, H, W); the rest as for ``plan_decode``.
+
+    But "auto" takes the whole clip where there is plenty of memory.
+    """
     batch, _, frames, height, width = pixel_shape
     encoder = config.encoder
     # layers are measured per patch of pixels, tiles in latent cells
     patches = (encoder.spatial_factor // encoder.patch_size) ** 2
+    costs = [cost.per_cell(patches) for cost in encoder_costs(encoder)]
     sizes = _Sizes(
-        costs=[
-            LayerCost(cost.inputs * patches, cost.outputs * patches, cost.kept * patches, cost.rate)
-            for cost in encoder_costs(encoder)
-        ],
+        whole_bytes=partial(whole_bytes, costs, frames=frames, dtype_bytes=dtype_bytes),
+        stream_bytes=lambda cells, chunk: encode_stream_bytes(costs, cells, chunk, dtype_bytes),
+        kept_bytes=sum(cost.kept for cost in costs) * dtype_bytes,
         batch=batch,
         height=height // encoder.spatial_factor,
         width=width // encoder.spatial_factor,
-        frames=frames,
-        pixel_frames_per_frame=1,
+        pixel_frames=frames,
         pixel_bytes=4 * encoder.in_channels * encoder.spatial_factor**2,
-        dtype_bytes=dtype_bytes,
         tiles_in_lockstep=False,
     )
     return _choose(sizes, free_bytes, choice)
@@ -182,27 +195,33 @@ def plan_encode(
 class _Sizes:
     """What the plans for one clip are estimated from.
 
-    height, width: in latent cells. frames: in the units of ``costs``. pixel_bytes: fp32 pixels of one frame of one
-    latent cell, which lie beside the activations.
+    whole_bytes: (cells) -> bytes of a whole pass. stream_bytes: (cells, pixel frames of a piece) -> bytes of a stream.
+    kept_bytes: what a stream keeps per cell. height, width: in latent cells, without the batch. pixel_bytes: fp32 pixels
+    of one frame of one latent cell, which lie beside the activations.
     """
 
-    costs: list[LayerCost]
+    whole_bytes: Callable[[int], int]
+    stream_bytes: Callable[[int, int], int]
+    kept_bytes: float
     batch: int
     height: int
     width: int
-    frames: int
-    pixel_frames_per_frame: int
+    pixel_frames: int
     pixel_bytes: int
-    dtype_bytes: int
     tiles_in_lockstep: bool
 
     def whole(self) -> TilePlan:
-        cells = self.batch * self.height * self.width
-        work = whole_bytes(self.costs, cells, self.frames, self.dtype_bytes)
-        return TilePlan(work_bytes=work + self._pixels(self.frames * self.pixel_frames_per_frame))
+        # the pixels come when the activations are gone
+        work = self.whole_bytes(self.batch * self.height * self.width)
+        return TilePlan(work_bytes=max(work, self._pixels(self.pixel_frames)))
 
-    def streamed(self, chunk_frames: int) -> TilePlan:
-        return TilePlan(chunk_frames, work_bytes=self._stream(chunk_frames, self.height, self.width))
+    def streams(self) -> list[TilePlan]:
+        """Streams in pieces of every size that is worth it, the longest first."""
+        most = max(_PART_OF_WHOLE * self.whole().work_bytes, _LITTLE_BYTES)
+        *longer, shortest = (
+            TilePlan(chunk, work_bytes=self._stream(chunk, self.height, self.width)) for chunk in CHUNK_SIZES
+        )
+        return [*(plan for plan in longer if plan.work_bytes <= most), shortest]
 
     def tiled(self, chunk_frames: int, long_side: int, *, park: bool) -> TilePlan:
         tile = _tile(self.height, self.width, long_side)
@@ -211,17 +230,15 @@ class _Sizes:
             areas = [
                 rows.length * columns.length for rows, columns in TilePlan(tile=tile).tiles(self.height, self.width)
             ]
-            kept = sum(cost.kept for cost in self.costs) * self.batch * self.dtype_bytes
-            work += int(kept * (sum(areas) - max(areas)))
+            work += int(self.kept_bytes * self.batch * (sum(areas) - max(areas)))
         return TilePlan(chunk_frames, tile, park=park, work_bytes=work)
 
     def _stream(self, chunk_frames: int, height: int, width: int) -> int:
-        chunk = chunk_frames / self.pixel_frames_per_frame
-        work = streamed_bytes(self.costs, self.batch * height * width, chunk, self.dtype_bytes)
-        return work + self._pixels(chunk_frames)
+        work = self.stream_bytes(self.batch * height * width, chunk_frames)
+        return work + self._pixels(min(chunk_frames, self.pixel_frames))
 
     def _pixels(self, pixel_frames: int) -> int:
-        # a second copy exists while pieces are put together
+        # two pieces are on their way at a time
         return 2 * self.pixel_bytes * self.batch * self.height * self.width * pixel_frames
 
 
@@ -229,10 +246,11 @@ def _choose(sizes: _Sizes, free_bytes: int | None, choice: str) -> TilePlan:
     if choice not in CHOICES:
         raise ValueError(f"tiling {choice!r} is not known; choose one of {', '.join(CHOICES)}")
     plans: list[TilePlan] = []
-    if choice in ("auto", "none"):
+    # an encoder reads most pictures once, and few frames of them: a whole pass is the simpler one
+    if choice == "none" or (choice == "auto" and not sizes.tiles_in_lockstep):
         plans.append(sizes.whole())
     if choice in ("auto", "temporal"):
-        plans.extend(sizes.streamed(factor * DEFAULT_CHUNK_FRAMES) for factor in (4, 2, 1))
+        plans.extend(sizes.streams())
     if choice in ("auto", "spatial"):
         # parked tiles cross the bus for every chunk, so any size that needs none comes first
         parking = (False, True) if sizes.tiles_in_lockstep else (False,)
@@ -264,37 +282,32 @@ def decode(
     decoder: VideoDecoder,
     latents: Tensor,
     plan: TilePlan,
-    on_chunk: OnChunk | None = None,
     *,
     decode_timestep: float = DECODE_TIMESTEP,
     noise: Noise = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Decode normalised latents [B, C, F, H, W]; yield finished pixels [B, 3, f, 32 H, 32 W] in order of time.
 
-    Chunks lie on the decoder's device, in its dtype or, where tiles were blended, in fp32. Exact along time; tiles
-    equal the whole picture away from their seams. ``decode_timestep`` and ``noise`` as in ``VideoDecoder``.
+    Chunks lie on the decoder's device, in its dtype or, where tiles were blended, in fp32; each belongs to the caller.
+    Exact along time; tiles equal the whole picture away from their seams. ``decode_timestep`` and ``noise`` as in
+    ``VideoDecoder``. check: called before every layer; may raise to stop.
     """
-    total = decoder.config.temporal_factor * (latents.shape[2] - 1) + 1
     if plan.tile is None:
-        chunks = decoder.stream(latents, plan.chunk_frames, decode_timestep=decode_timestep, noise=noise)
-    else:
-        chunks = _decode_tiles(decoder, decoder.prepare(latents, noise), plan, decode_timestep)
-    done = 0
-    for chunk in chunks:
-        done += chunk.shape[2]
-        if on_chunk is not None:
-            on_chunk(done, total)
-        yield chunk
+        return decoder.stream(latents, plan.chunk_frames, decode_timestep=decode_timestep, noise=noise, check=check)
+    return _decode_tiles(decoder, decoder.prepare(latents, noise), plan, decode_timestep, check)
 
 
-def _decode_tiles(decoder: VideoDecoder, z: Tensor, plan: TilePlan, decode_timestep: float) -> Iterator[Tensor]:
+def _decode_tiles(
+    decoder: VideoDecoder, z: Tensor, plan: TilePlan, decode_timestep: float, check: Callable[[], None]
+) -> Iterator[Tensor]:
     """Run the tiles in lockstep: every stream gives its next frames before any goes on, so they can be blended."""
     factor, height, width = decoder.config.spatial_factor, *z.shape[3:]
     tiles = plan.tiles(height, width)
     steps = decoder.steps(decode_timestep)
     memories = [Memory() for _ in tiles]
     streams = [
-        flow(steps, z[:, :, :, rows.cells, columns.cells], memory, True, plan.chunk_frames)
+        flow(steps, z[:, :, :, rows.cells, columns.cells], memory, True, plan.chunk_frames, check)
         for (rows, columns), memory in zip(tiles, memories, strict=True)
     ]
     while True:

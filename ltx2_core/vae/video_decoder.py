@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -82,13 +82,15 @@ class VideoDecoder(nn.Module):
         *,
         decode_timestep: float = DECODE_TIMESTEP,
         noise: Noise = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Iterator[Tensor]:
         """Decode as ``forward`` does; yield [B, 3, f, H, W] in order of time, f varying.
 
         chunk_frames: how many frames of the finest stage are in work at once; None: the whole clip.
+        check: called before every layer; may raise to stop.
         """
         z = self.prepare(latents, noise)
-        yield from flow(self.steps(decode_timestep), z, Memory(), True, chunk_frames)
+        yield from flow(self.steps(decode_timestep), z, Memory(), True, chunk_frames, check)
 
     def prepare(self, latents: Tensor, noise: Noise = None) -> Tensor:
         """Check latents, convert them to the weights' device and dtype, mix in noise, and undo the normalisation."""

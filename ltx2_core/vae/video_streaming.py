@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+# Pieces grow and shrink by the frames that layers hold back; cutting one that is a little too long would leave two short
+# ones to all layers behind.
+TOLERANCE = 1.5
+
 
 class Memory:
     """The state of one stream: what the layers of a network remember of a clip, and pieces that wait for a layer.
@@ -39,13 +43,21 @@ class Memory:
         self._started.add(layer)
         return new
 
-    def delay(self, layer: nn.Module, x: Tensor, num_frames: int, last: bool) -> Tensor:
-        """Queue ``x`` [B, C, T, H, W] behind what ``layer`` still has here; return the queue's first frames."""
+    def delay(self, layer: nn.Module, x: Tensor, num_frames: int, last: bool) -> list[Tensor]:
+        """Queue ``x`` [B, C, T, H, W] behind what ``layer`` still has here; return the queue's first frames.
+
+        They come in parts, one after the other, as they lie in memory: putting them together would copy them all.
+        """
         kept = self.take(layer)
-        queue = x if kept is None else torch.cat((kept, x), dim=2)
-        if not last and num_frames < queue.shape[2]:
-            self.keep(layer, queue[:, :, num_frames:])
-        return queue[:, :, :num_frames]
+        now, later = [], []
+        for piece in [x] if kept is None else [kept, x]:
+            count = min(num_frames, piece.shape[2])
+            now.append(piece[:, :, :count])
+            later.append(piece[:, :, count:])
+            num_frames -= count
+        if not last and any(piece.shape[2] for piece in later):
+            self._frames[layer] = torch.cat(later, dim=2)
+        return now
 
     def move(self, device: torch.device) -> None:
         """Move everything, to make room on a device while another clip or tile runs there."""
@@ -79,13 +91,19 @@ def with_last(pieces: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
 
 
 def flow(
-    steps: Sequence[Step], x: Tensor, memory: Memory, last: bool, chunk_frames: int | None = None
+    steps: Sequence[Step],
+    x: Tensor,
+    memory: Memory,
+    last: bool,
+    chunk_frames: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Run the piece ``x`` [B, C, T, H, W] through ``steps``; yield the results in order of time.
 
     last: whether ``x`` ends the clip, so that layers give out what they hold back.
-    chunk_frames: largest piece, counted in frames of the finest stage; None: never split. How many frames come out
-    when depends on this and on the number of frames, not on the picture's size.
+    chunk_frames: length of a piece, counted in frames of the finest stage; one that is longer by more than half is cut.
+    None: never. How many frames come out when depends on this and on the number of frames, not on the picture's size.
+    check: called before every layer; may raise to stop.
     """
     memory.waiting.append((0, x, last))
     del x
@@ -96,11 +114,12 @@ def flow(
             continue
         step = steps[index]
         max_frames = x.shape[2] if chunk_frames is None else max(1, int(chunk_frames / step.relative_size))
-        if x.shape[2] > max_frames:
+        if x.shape[2] > TOLERANCE * max_frames:
             parts = with_last(split(x, max_frames))
             memory.waiting.extend((index, part, last and end) for part, end in reversed(parts))
             del parts
             continue
+        check()
         x = step.run(x, memory, last)
         if x.shape[2]:
             memory.waiting.append((index + 1, x, last))

@@ -1,5 +1,7 @@
 """The engine on tiny checkpoints: whole jobs, their repeatability, their errors, and stopping them."""
 
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -21,6 +23,7 @@ from ltx2_engine.ltx2_core.standalone import StandaloneHost
 from ltx2_engine.ltx2_core.testing import assert_close
 from ltx2_engine.ltx2_core.text.context import Context
 from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file
+from ltx2_engine.ltx2_core.vae.layers import TimeConv3d
 
 CLIP = ClipShape(17, 64, 96, 24.0)
 GUIDED = StreamGuidance(cfg=3.0, stg=1.0, modality=3.0, rescale=0.7, stg_blocks=(1,))
@@ -193,6 +196,27 @@ def test_an_interrupt_stops_at_once_and_leaves_the_engine_usable(engine, tmp_pat
         engine.sample(one)
     assert host.polls == 6, "the poll that raised was not the last thing that happened"
     assert torch.equal(engine.sample(job(engine)).latents.video, want)
+
+
+@pytest.mark.parametrize("tiling", ["none", "temporal", "spatial"])
+def test_an_interrupt_of_a_decode_does_not_wait_for_the_clip(engine, tmp_path, monkeypatch, tiling):
+    """Sixteen layers or more, each of a fifth of a second."""
+    sampled = engine.sample(job(engine, sigmas=(1.0, 0.0)))
+    convolve = TimeConv3d.convolve
+
+    def slow(self, seen):
+        time.sleep(0.2)
+        return convolve(self, seen)
+
+    monkeypatch.setattr(TimeConv3d, "convolve", slow)
+    with use_host(StandaloneHost(output_dir=tmp_path, progress="quiet")) as host:
+        timer = threading.Timer(0.5, host.interrupt)
+        timer.start()
+        start = time.perf_counter()
+        with pytest.raises(Interrupted):
+            engine.decode(sampled, tiling)
+        timer.join()
+        assert time.perf_counter() - start < 1.5
 
 
 def test_weights_go_when_memory_is_asked_back_and_return_when_needed(engine):

@@ -73,7 +73,7 @@ def test_a_large_device_keeps_everything():
     plan = plan_memory(needs(), room(139))
     assert (plan.resident_blocks, plan.streamed_blocks, plan.slots) == (48, 0, 0)
     assert (plan.text, plan.keeps_transformer, plan.host_bytes) == ("resident", True, 0)
-    assert plan.decoding.chunk_frames is None
+    assert plan.decoding.tile is None
 
 
 def test_the_text_encoder_goes_before_a_block_does():
@@ -164,7 +164,7 @@ def test_a_budget_includes_the_reserve(budget, size):
 def test_the_transformer_goes_where_the_video_would_be_tiled_beside_it():
     roomy = plan_memory(needs(), room(139))
     assert roomy.keeps_transformer
-    tight = plan_memory(needs(replace(CLIP, width=1920, height=1088), passes=1), room(24))
+    tight = plan_memory(needs(replace(CLIP, width=2560, height=1440), passes=1), room(24))
     assert not tight.keeps_transformer
     assert tight.decoding.tile is None
 

@@ -23,11 +23,10 @@ from ltx2_engine.ltx2_core.sampling.noise import SamplerNoise
 from ltx2_engine.ltx2_core.sampling.samplers import SAMPLERS
 from ltx2_engine.ltx2_core.sampling_memory import sampling_work_bytes
 from ltx2_engine.ltx2_core.shapes import ClipShape
+from ltx2_engine.ltx2_core.testing import LiveBytes
 from ltx2_engine.ltx2_core.transformer import attention
 from ltx2_engine.ltx2_core.transformer.inputs import Pass, Perturbation, StreamInput, Timesteps
 from ltx2_engine.ltx2_core.transformer.model import Transformer
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 TOLERANCE = 0.03
 CHANNELS = 8
@@ -36,34 +35,6 @@ GUIDANCE = {
     2: StreamGuidance(cfg=3.0),
     4: StreamGuidance(cfg=3.0, stg=1.0, modality=3.0, stg_blocks=(0,)),
 }
-
-
-class LiveBytes(TorchDispatchMode):
-    """``peak``: the most bytes that tensors made inside the block hold at any time."""
-
-    def __init__(self):
-        super().__init__()
-        self._storages, self._live, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        given = {tensor.untyped_storage()._cdata for tensor in self._tensors((args, kwargs or {}))}
-        result = operation(*args, **(kwargs or {}))
-        for key in [key for key, (reference, _) in self._storages.items() if reference.expired()]:
-            self._live -= self._storages.pop(key)[1]
-        for tensor in self._tensors(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self._storages:
-                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-                self._live += storage.nbytes()
-        self.peak = max(self.peak, self._live)
-        return result
-
-    def _tensors(self, value):
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple | dict):
-            for one in value.values() if isinstance(value, dict) else value:
-                yield from self._tensors(one)
 
 
 def compare(name, predicted, measured, tolerance=TOLERANCE):

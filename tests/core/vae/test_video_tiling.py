@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pathlib
 
 import pytest
 import torch
 from ltx2_engine.ltx2_core.config.video_vae import VideoVAEConfig
-from ltx2_engine.ltx2_core.testing import assert_close
+from ltx2_engine.ltx2_core.testing import LiveBytes, assert_close
 from ltx2_engine.ltx2_core.vae.tiling import (
+    CHUNK_SIZES,
     Interval,
     TilePlan,
     decode,
@@ -21,8 +23,8 @@ from ltx2_engine.ltx2_core.vae.tiling import (
 )
 from ltx2_engine.ltx2_core.vae.video_decoder import VideoDecoder
 from ltx2_engine.ltx2_core.vae.video_encoder import VideoEncoder
-from ltx2_engine.ltx2_core.vae.video_memory import decoder_costs, whole_bytes
-from ltx2_engine.ltx2_core.vae.video_streaming import Memory, Step, flow
+from ltx2_engine.ltx2_core.vae.video_memory import decode_stream_bytes, decoder_costs, whole_bytes
+from ltx2_engine.ltx2_core.vae.video_streaming import TOLERANCE, Memory, Step, flow
 
 KEYS = json.loads((pathlib.Path(__file__).parents[2] / "data" / "video_vae_keys.json").read_text())
 GIB = 2**30
@@ -131,21 +133,24 @@ def test_untiled_plans_equal_the_whole_pass():
 
 
 @pytest.mark.parametrize("tile", [None, (4, 4)])
-def test_progress_counts_every_frame_and_an_interrupt_stops_the_decode(tile: tuple[int, int] | None):
+@pytest.mark.parametrize("layers", [0, 1, 5, 12])
+def test_a_check_that_raises_stops_a_decode_before_the_next_layer(tile: tuple[int, int] | None, layers: int):
     decoder = seeded(VideoDecoder(config("2.3", tiny=True)))
-    calls, frames = [], []
-    with torch.no_grad():
-        for chunk in decode(decoder, random(1, WIDTH, 3, 2, 5), TilePlan(8, tile), lambda *seen: calls.append(seen)):
-            frames.append(chunk.shape[2])
-    assert len(calls) == len(frames) > 1
-    assert calls == [(sum(frames[: i + 1]), 17) for i in range(len(frames))]
-    assert calls[-1] == (17, 17)
+    convolutions, checks = [], []
 
-    def interrupt(done: int, total: int) -> None:
-        raise InterruptedError
+    def check() -> None:
+        checks.append(len(convolutions))
+        if len(checks) > layers:
+            raise InterruptedError
 
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.register_forward_hook(lambda *_: convolutions.append(1))
     with torch.no_grad(), pytest.raises(InterruptedError):
-        next(decode(decoder, random(1, WIDTH, 2, 2, 5), TilePlan(8, tile), interrupt))
+        list(decode(decoder, random(1, WIDTH, 3, 2, 5), TilePlan(8, tile), check=check))
+    assert len(checks) == layers + 1
+    assert checks[-1] == len(convolutions), "a layer ran after the check"
+    assert all(after - before <= 2 for before, after in itertools.pairwise(checks)), "more than a layer between checks"
 
 
 @pytest.mark.parametrize("tile", [None, (4, 4)])
@@ -160,7 +165,7 @@ def test_encode_progress_ends_at_the_total(tile: tuple[int, int] | None):
 
 
 @pytest.mark.parametrize("layout", ["2.0", "2.3"])
-def test_no_layer_of_a_stream_gets_more_than_a_chunk(layout: str):
+def test_no_layer_of_a_stream_gets_much_more_than_a_chunk(layout: str):
     decoder = seeded(VideoDecoder(config(layout, tiny=True)))
     seen = []
 
@@ -175,17 +180,17 @@ def test_no_layer_of_a_stream_gets_more_than_a_chunk(layout: str):
     with torch.no_grad():
         z = decoder.prepare(random(1, WIDTH, 4, 2, 2))
         list(flow([watched(step) for step in decoder.steps()], z, Memory(), True, 8))
-    assert all(size <= 8 or frames == 1 for frames, size in seen)
+    assert all(size <= TOLERANCE * 8 or frames == 1 for frames, size in seen)
     assert max(size for _, size in seen) > 4
 
 
 @pytest.mark.parametrize(
     ("layout", "height", "width", "kept_gib", "whole_gib"),
     [
-        ("2.0", 24, 40, 0.89, (7, 9)),
-        ("2.3", 24, 40, 1.12, (7, 9)),
-        ("2.0", 34, 60, 1.89, (15, 19)),
-        ("2.3", 34, 60, 2.37, (15, 19)),
+        ("2.0", 24, 40, 0.89, (7, 8)),
+        ("2.3", 24, 40, 1.12, (5, 6)),
+        ("2.0", 34, 60, 1.89, (15, 16)),
+        ("2.3", 34, 60, 2.37, (11, 12)),
     ],
 )
 def test_estimates_are_those_counted_by_hand(layout, height, width, kept_gib, whole_gib):
@@ -204,11 +209,43 @@ def test_kept_estimate_is_what_a_stream_keeps():
     assert kept == sum(cost.kept for cost in decoder_costs(vae.decoder)) * 6
 
 
+@pytest.mark.parametrize("layout", ["2.0", "2.3"])
+@pytest.mark.parametrize("clip", [(16, 24, 40), (33, 16, 24)])
+@pytest.mark.parametrize("chunk", [None, *CHUNK_SIZES])
+def test_the_estimate_of_a_decode_bounds_the_tensors_that_live(layout: str, clip: tuple[int, ...], chunk: int | None):
+    """Of full-size networks on the meta device; what a convolution takes inside itself is not seen there."""
+    vae = config(layout, tiny=False)
+    with torch.device("meta"):
+        decoder, z = VideoDecoder(vae).bfloat16(), torch.zeros(1, 128, *clip, dtype=torch.bfloat16)
+    with torch.inference_mode(), LiveBytes() as live:
+        for _ in decoder.stream(z, chunk):
+            pass
+    costs, (frames, height, width) = decoder_costs(vae.decoder), clip
+    cells = height * width
+    if chunk is None:
+        planned = whole_bytes(costs, cells, frames, 2)
+    else:
+        planned = decode_stream_bytes(costs, cells, frames, chunk / 8, 2)
+    assert 0.97 <= planned / live.peak <= 1.3
+
+
+@pytest.mark.parametrize("layout", ["2.0", "2.3"])
+@pytest.mark.parametrize("clip", [(16, 24, 40), (16, 34, 60), (126, 16, 24)])
+def test_a_stream_takes_at_most_half_of_a_whole_decode_however_much_is_free(layout: str, clip: tuple[int, ...]):
+    vae, shape = config(layout, tiny=False), (1, 128, *clip)
+    whole, plan = plan_decode(vae, shape, 2, None, "none"), plan_decode(vae, shape, 2, 1000 * GIB)
+    assert plan.chunk_frames >= 16
+    assert plan.work_bytes <= whole.work_bytes / 2
+
+
+def test_a_small_picture_is_not_cut_into_short_pieces():
+    assert plan_decode(config("2.3", tiny=False), (1, 128, 16, 4, 4), 2, 80 * GIB) == TilePlan(64)
+
+
 def test_auto_takes_the_first_plan_that_fits():
     vae, shape = config("2.3", tiny=False), (1, 128, 16, 34, 60)
-    assert plan_decode(vae, shape, 2, 80 * GIB) == TilePlan()
-    assert plan_decode(vae, shape, 2, 16 * GIB) == TilePlan(32)
-    assert plan_decode(vae, shape, 2, 8 * GIB) == TilePlan(8)
+    assert plan_decode(vae, shape, 2, 80 * GIB) == plan_decode(vae, shape, 2, 8 * GIB) == TilePlan(16)
+    assert plan_decode(vae, shape, 2, 6 * GIB) == TilePlan(8)
     assert plan_decode(vae, shape, 2, None) == TilePlan(8)
     assert plan_decode(vae, shape, 2, 0) == TilePlan(8, (5, 8), park=True)
     small = plan_decode(vae, shape, 2, 3 * GIB)

@@ -197,6 +197,14 @@ def test_streamed_decoder_equals_whole_pass(layout: str, latent_frames: int, chu
     assert_close("stream", torch.cat(chunks, 2), whole, 1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 8, 16, 24])
+def test_streamed_bf16_decoder_has_the_bits_of_the_whole_pass(layout: str, chunk: int):
+    decoder = tiny_vae(layout)[1].bfloat16()
+    z = random(2, WIDTH, 5, 2, 3).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(torch.cat(list(decoder.stream(z, chunk)), 2), decoder(z))
+
+
 def test_convolution_in_parts_below_the_index_limit_equals_one_call(monkeypatch: pytest.MonkeyPatch):
     _, decoder = tiny_vae("2.3")
     z = random(1, WIDTH, 3, 2, 2)

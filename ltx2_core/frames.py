@@ -1,0 +1,143 @@
+"""Decoded pixels become frames in host memory while the device decodes the next ones."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .loading.pinned import PinnedMemory
+from .loading.ring import CHUNK_BYTES, Target
+
+_SLOTS = 3
+_POLL_SECONDS = 0.002
+
+
+def deliver(
+    pieces: Iterable[Tensor],
+    frames: Tensor,
+    device: torch.device,
+    on_frames: Callable[[int], None] = lambda done: None,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Write decoded pieces to their places among the frames of a clip.
+
+    pieces: pixels [B, 3, f, H, W] on ``device``, nominally in -1..1, in order of time; their memory is reused.
+    frames: [B, F, H, W, 3] float32 in host memory, gets 0..1. on_frames: called with the number of frames that have
+    arrived. check: polled while the device computes. Both may raise to stop.
+    """
+    places = _with_places(pieces, frames)
+    arrivals = _beside(places, device, check) if device.type == "cuda" else _at_once(places)
+    done = 0
+    with contextlib.closing(arrivals):
+        for count in arrivals:
+            done += count
+            on_frames(done)
+    assert done == frames.shape[1], f"decoded {done} of {frames.shape[1]} frames"
+
+
+def write_frames(pixels: Tensor, out: Tensor) -> None:
+    """Write pixels [B, 3, f, H, W], nominally in -1..1, to ``out`` [B, f, H, W, 3] float32 as 0..1; ``pixels`` is clamped.
+
+    The bits are those of ``((pixels.float() + 1) / 2).clamp(0, 1)``, in two passes: halves and clamping are exact.
+    """
+    half = out.new_full((1,), 0.5)
+    torch.add(half, pixels.clamp_(-1, 1).permute(0, 2, 3, 4, 1), alpha=0.5, out=out)
+
+
+def _with_places(pieces: Iterable[Tensor], frames: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    begin = 0
+    for pixels in pieces:
+        end = begin + pixels.shape[2]
+        yield pixels, frames[:, begin:end]
+        # else it would live until the next piece is decoded
+        del pixels
+        begin = end
+
+
+def _at_once(places: Iterable[tuple[Tensor, Tensor]]) -> Generator[int, None, None]:
+    for pixels, place in places:
+        write_frames(pixels, place)
+        yield place.shape[1]
+
+
+def _beside(
+    places: Iterable[tuple[Tensor, Tensor]], device: torch.device, check: Callable[[], None]
+) -> Generator[int, None, None]:
+    """A piece is fetched when the next one has been asked for, so the device always has work."""
+    before: _Pictures | None = None
+    with _Link(device) as link:
+        for pixels, place in places:
+            now = _Pictures.of(pixels, place)
+            del pixels
+            if before is not None:
+                yield link.fetch(before, check)
+            before = now
+            del now
+        if before is not None:
+            yield link.fetch(before, check)
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Frames [B, f, H, W, 3] on a device, complete after an event, and where they belong."""
+
+    frames: Tensor
+    place: Tensor
+    complete: torch.cuda.Event
+
+    @classmethod
+    def of(cls, pixels: Tensor, place: Tensor) -> _Pictures:
+        frames = torch.empty(place.shape, dtype=place.dtype, device=pixels.device)
+        write_frames(pixels, frames)
+        return cls(frames, place, torch.cuda.current_stream(pixels.device).record_event())
+
+
+class _Link:
+    """Copies from a device to any host memory, through a few pinned slots and on a stream of its own."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device)
+        self._memory = Target(device)
+        self._slots: list[PinnedMemory] = []
+
+    def __enter__(self) -> _Link:
+        self._slots = [self._memory.slot(CHUNK_BYTES) for _ in range(_SLOTS)]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stream.synchronize()
+        self._memory.give_back(self._slots)
+
+    def fetch(self, pictures: _Pictures, check: Callable[[], None]) -> int:
+        """Wait for pictures and copy them to their place; returns how many frames they are."""
+        while not pictures.complete.query():
+            check()
+            time.sleep(_POLL_SECONDS)
+        for source, place in zip(pictures.frames, pictures.place, strict=True):
+            self._copy(source.view(-1), place.view(-1))
+        return pictures.place.shape[1]
+
+    def _copy(self, source: Tensor, place: Tensor) -> None:
+        """Copy flat float32 tensors. The source was complete before, so the stream has nothing to wait for."""
+        size = CHUNK_BYTES // source.itemsize
+        under_way: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
+        for number, (part, target) in enumerate(zip(source.split(size), place.split(size), strict=True)):
+            if len(under_way) == _SLOTS:
+                _land(*under_way.popleft())
+            slot = self._slots[number % _SLOTS].memory[: part.nbytes].view(part.dtype)
+            with torch.cuda.stream(self._stream):
+                slot.copy_(part, non_blocking=True)
+            under_way.append((self._stream.record_event(), slot, target))
+        while under_way:
+            _land(*under_way.popleft())
+
+
+def _land(copied: torch.cuda.Event, slot: Tensor, target: Tensor) -> None:
+    copied.synchronize()
+    target.copy_(slot)
