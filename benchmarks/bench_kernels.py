@@ -14,6 +14,7 @@ definition on these arguments gets no figures.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -186,15 +187,24 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     setting = Setting(device, SIZES, CACHE, 1 << 30, options.replays)
     if options.tiny:
         setting = Setting(device, TINY_SIZES, 0, 1 << 20, 2)
-        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-            kernels.dispatch.interpreter = True
-    with torch.no_grad():
+    with torch.no_grad(), interpreted(options.tiny and device.type == "cpu"):
         found, refused = all_rows(setting, options.only)
     if found and not options.tiny:
         print(write(options.out, options.name, found))
     if refused:
         raise SystemExit("no figures of " + "; ".join(refused))
     return found
+
+
+@contextlib.contextmanager
+def interpreted(wanted: bool) -> Iterator[None]:
+    """Twins run on the CPU where they can."""
+    before = kernels.dispatch.interpreter
+    kernels.dispatch.interpreter = wanted and os.environ.get("TRITON_INTERPRET") == "1"
+    try:
+        yield
+    finally:
+        kernels.dispatch.interpreter = before
 
 
 def all_rows(setting: Setting, only: Sequence[str] | None) -> tuple[list[Row], list[str]]:

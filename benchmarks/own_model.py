@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pack  # noqa: F401
 import torch
 from ltx2_engine import kernels
+from ltx2_engine.kernels.fp8 import pack_fp8
 from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning import state as tokens
 from ltx2_engine.ltx2_core.conditioning.state import LatentState
 from ltx2_engine.ltx2_core.config.model import ModelConfig
+from ltx2_engine.ltx2_core.config.numerics import NUMERICS, in_eight_bits
 from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
 from ltx2_engine.ltx2_core.loading.arena import Arena
+from ltx2_engine.ltx2_core.loading.linear import PackedLinear, PackedWeight, put
 from ltx2_engine.ltx2_core.networks import build_on_meta
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
 from ltx2_engine.ltx2_core.shapes import ClipShape
@@ -94,13 +98,26 @@ def step_of(
     return lambda: [part for velocity in evaluate(x, SIGMA, AV(True, True)) for part in velocity.present()]
 
 
-def numerics() -> dict[str, Callable[[Transformer], Any]]:
-    """The transformer's numerics by name, each with what puts a model into it. The last ones may change weights."""
-    modes: dict[str, Callable[[Transformer], Any]] = {"exact": lambda model: None}
-    for name in ("fast", "fp8"):
-        if name in getattr(Transformer, "NUMERICS", ()):
-            modes[name] = lambda model, name=name: model.use_numerics(name)
-    return modes
+def numerics() -> dict[str, Callable[[Transformer], None]]:
+    """The transformer's numerics by name, each with what puts a model into it; the last one changes its weights for good."""
+    modes: dict[str, Callable[[Transformer], None]] = {
+        name: partial(Transformer.use_numerics, name=name) for name in NUMERICS
+    }
+    return modes | {"fp8": to_eight_bits}
+
+
+def to_eight_bits(model: Transformer) -> None:
+    """What loading makes of a model whose numerics are fp8."""
+    for name, linear in list(model.named_modules()):
+        if type(linear) is nn.Linear and in_eight_bits(f"{name}.weight"):
+            weight = linear.weight
+            data, scale = pack_fp8(weight, weight.new_empty(len(weight), 1, dtype=torch.float32))
+            packed = PackedWeight("fp8", weight.shape, {"data": data, "scale": scale})
+            put(model, name, PackedLinear(None, packed, linear.bias, eight_bit=True))
+    for block in model.blocks:
+        # without the old weights, in whose memory the other tensors still lie
+        Arena.of(block, next(block.parameters()).device, pin=False)
+    model.use_numerics("fp8")
 
 
 @contextlib.contextmanager

@@ -64,7 +64,8 @@ class Reference:
         refuse_unless_finite("float32", self.wide)
 
     def _keep(self, block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        self.calls.append(Call(args, kwargs, output))
+        # tokens, state and keeps, without what other passes have read of the prompt: that is to be computed anew
+        self.calls.append(Call(args[:3], kwargs, output))
 
     def errors(self, output: Output) -> list[float]:
         """Of video and sound, relative to the float32 run."""
