@@ -255,7 +255,7 @@ def test_a_run_that_ends_anywhere_leaves_host_weights_and_a_stream_that_goes_on(
             raise kind
 
     # inside a block, where its tensors are those of a slot
-    hooks = [block.video.attn2.register_forward_pre_hook(stop) for block in model.blocks]
+    hooks = [block.video.attn2.to_q.register_forward_pre_hook(stop) for block in model.blocks]
     with pytest.raises(kind):
         sampled(model, PLAIN, "split")
     for hook in hooks:
