@@ -31,6 +31,10 @@ HALF = (torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.float64)
 OLDEST = (8, 0)
 
+NO_GPU = "not on a GPU"
+# reasons that are not one operation's
+GENERAL = ("torch.float32", "torch.float64")
+
 # tests let CPU tensors run in Triton's interpreter; it needs TRITON_INTERPRET=1 before the first kernel is imported
 interpreter = False
 
@@ -75,7 +79,7 @@ class Operation(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         reason = self._reason(args, kwargs)
         if not torch.compiler.is_compiling():
-            self._count(TRITON if reason is None else reason)
+            self._count(TRITON if reason is None else reason, args[0].device)
         run = self.definition if reason is not None else self.twin
         return run(*args, **kwargs)
 
@@ -143,10 +147,19 @@ class Operation(Generic[P, R]):
         self._refused = "failed its check"
         return self._refused
 
-    def _count(self, reason: str) -> None:
+    def _count(self, reason: str, device: torch.device) -> None:
         if reason not in self.counts and reason != TRITON:
-            log.info("kernels: %s runs in plain torch: %s", self.name, reason)
+            if reason in GENERAL or reason == refusal(device):
+                _say_once(reason)
+            else:
+                log.info("kernels: %s runs in plain torch: %s", self.name, reason)
         self.counts[reason] += 1
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    """What holds for every operation is worth one line."""
+    log.info("kernels: plain torch: %s", reason)
 
 
 def operation(
@@ -207,7 +220,7 @@ def runs_fused(device: torch.device) -> bool:
 def refusal(device: torch.device) -> str | None:
     """Why no twin runs on the device, or None."""
     if device.type != "cuda":
-        return None if interpreter and device.type == "cpu" else "not on a GPU"
+        return None if interpreter and device.type == "cpu" else NO_GPU
     return _gpu_refusal(device)
 
 
@@ -216,8 +229,6 @@ def _gpu_refusal(device: torch.device) -> str | None:
     reason, version = _looked_up(device)
     if reason is None:
         log.info("kernels: Triton %s on %s", version, torch.cuda.get_device_name(device))
-    else:
-        log.info("kernels: plain torch: %s", reason)
     return reason
 
 

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from ltx2_engine import kernels
 from ltx2_engine.kernels import (
     Rows,
     apply_split_rotary,
@@ -85,6 +86,26 @@ def test_reasons_are_counted_and_told_once(doubled, device, caplog):
         double(ones(device, 2, 4))
     assert double.counts == {"odd": 3}
     assert [record.message for record in caplog.records] == ["kernels: double runs in plain torch: odd"]
+
+
+def test_what_holds_for_every_operation_is_told_in_one_line(monkeypatch, caplog):
+    """On a machine without a GPU, and for a dtype that no twin takes."""
+    dispatch._say_once.cache_clear()
+    monkeypatch.setattr(dispatch, "interpreter", False)
+    x = torch.ones(1, 2, 4)
+    with caplog.at_level(logging.INFO, "ltx2.kernels"):
+        for operation in (kernels.head_gate, kernels.quantize_rows, kernels.gelu_quantize):
+            operation.reset()
+            operation(*([x, torch.ones(1, 2, 2)] if operation is kernels.head_gate else [x]))
+    assert [record.message for record in caplog.records] == ["kernels: plain torch: not on a GPU"]
+    caplog.clear()
+    monkeypatch.setattr(dispatch, "refusal", lambda device: None)
+    with caplog.at_level(logging.INFO, "ltx2.kernels"):
+        for operation in (kernels.head_gate, kernels.quantize_rows, kernels.gelu_quantize):
+            operation.reset()
+            operation(*([x, torch.ones(1, 2, 2)] if operation is kernels.head_gate else [x]))
+    assert [record.message for record in caplog.records] == ["kernels: plain torch: torch.float32"]
+    dispatch._say_once.cache_clear()
 
 
 def test_gradients_take_the_definition(doubled, device):
