@@ -79,7 +79,7 @@ class Operation(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         reason = self._reason(args, kwargs)
         if not torch.compiler.is_compiling():
-            self._count(TRITON if reason is None else reason, args[0].device)
+            self._count(TRITON if reason is None else reason, args[0])
         run = self.definition if reason is not None else self.twin
         return run(*args, **kwargs)
 
@@ -147,9 +147,9 @@ class Operation(Generic[P, R]):
         self._refused = "failed its check"
         return self._refused
 
-    def _count(self, reason: str, device: torch.device) -> None:
+    def _count(self, reason: str, x: Any) -> None:
         if reason not in self.counts and reason != TRITON:
-            if reason in GENERAL or reason == refusal(device):
+            if reason in GENERAL or reason == refusal(x.device):
                 _say_once(reason)
             else:
                 log.info("kernels: %s runs in plain torch: %s", self.name, reason)
