@@ -58,13 +58,20 @@ def hardware() -> str:
     return f"{torch.cuda.device_count()} x {device.name}, {device.total_memory / 2**30:.0f} GiB"
 
 
+# options that say where files are, which is one machine's business
+_PLACES = ("--out", "--folder", "--text-folder")
+
+
 def _command() -> str:
-    """The command line without where its result goes."""
-    words = ["python", *sys.argv]
-    if "--out" in words:
-        at = words.index("--out")
-        words = words[:at] + words[at + 2 :]
-    return shlex.join(words)
+    return shlex.join(without_places(["python", *sys.argv]))
+
+
+def without_places(words: Sequence[str]) -> list[str]:
+    """A command line without where its files are."""
+    named = [word for word in words if not word.startswith(tuple(f"{option}=" for option in _PLACES))]
+    return [
+        word for before, word in zip(["", *named], named, strict=False) if word not in _PLACES and before not in _PLACES
+    ]
 
 
 def _version(package: str) -> str:

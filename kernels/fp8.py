@@ -13,8 +13,6 @@ from torch import Tensor
 
 BLOCK = 128
 
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-
 
 def scale_kind(scale: Sequence[int], weight: Sequence[int]) -> str | None:
     """What a scale of that shape is to a weight [out, in]: "tensor", "row", "block" or None (it does not fit)."""
@@ -32,18 +30,6 @@ def scale_kind(scale: Sequence[int], weight: Sequence[int]) -> str | None:
 def unpack_fp8(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """data: [out, in] in FP8. scale: floats of a shape that ``scale_kind`` knows. Returns [out, in] in ``dtype``."""
     return data.to(torch.float32).mul_(_spread(scale, data.shape)).to(dtype)
-
-
-def unpack_fp8_rows(data: Tensor, scale: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of ``unpack_fp8``'s result. rows: [n] row numbers."""
-    kind = scale_kind(scale.shape, data.shape)
-    if kind == "row":
-        scale = scale.reshape(-1, 1)[rows]
-    elif kind == "block":
-        scale = scale[rows // BLOCK].repeat_interleave(BLOCK, 1)[:, : data.shape[1]]
-    # indexing eight-bit floats is not on every device, indexing bytes is
-    taken = data.view(torch.uint8)[rows].view(data.dtype)
-    return taken.to(torch.float32).mul_(scale.to(torch.float32)).to(dtype)
 
 
 def pack_fp8(weight: Tensor, like: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:

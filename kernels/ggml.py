@@ -29,15 +29,6 @@ def unpack_ggml(format: str, data: Tensor, shape: Sequence[int], dtype: torch.dt
     return _UNPACK[format](data.reshape(-1, BLOCKS[format].bytes)).to(dtype).view(*shape)
 
 
-def unpack_ggml_rows(format: str, data: Tensor, shape: Sequence[int], rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of a matrix of ``shape``, [n, in]. rows: [n] row numbers. Raises ValueError unless a row is whole blocks."""
-    height, width = shape
-    if width % BLOCKS[format].weights:
-        raise ValueError(f"rows of {width} are no whole blocks of {BLOCKS[format].weights} weights ({format})")
-    taken = data.reshape(height, -1)[rows]
-    return unpack_ggml(format, taken, (taken.shape[0], width), dtype)
-
-
 def packed_bytes(format: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor whose number of elements is a multiple of the block's."""
     block = BLOCKS[format]

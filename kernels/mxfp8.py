@@ -14,7 +14,6 @@ from .swizzle import padded_shape, swizzle, unswizzle
 BLOCK = 32
 
 _LARGEST = 448.0
-_BIAS = 127
 
 
 def scale_shape(rows: int, columns: int) -> tuple[int, int]:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .fp8 import pack_fp8, unpack_fp8, unpack_fp8_rows
-from .ggml import BLOCKS, unpack_ggml, unpack_ggml_rows
+from .fp8 import pack_fp8, unpack_fp8
+from .ggml import BLOCKS, unpack_ggml
 from .mxfp8 import unpack_mxfp8
 from .nvfp4 import unpack_nvfp4
 from .stochastic import round_to_fp8
@@ -44,28 +44,6 @@ def unpack(format: str, parts: Mapping[str, Tensor], shape: Sequence[int], dtype
     if format in BLOCKS:
         return unpack_ggml(format, data, shape, dtype)
     raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-
-
-def unpack_rows(
-    format: str, parts: Mapping[str, Tensor], shape: Sequence[int], rows: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The rows of an embedding's weight that tokens need, [*rows.shape, in]; only those are unpacked.
-
-    rows: row numbers. shape: of the whole weight, [out, in]. Raises ValueError for a format that keeps no whole rows
-    together (mxfp8, nvfp4).
-    """
-    data, flat = parts["data"], rows.reshape(-1)
-    if format == "fp8":
-        taken = unpack_fp8_rows(data, parts["scale"], flat, dtype)
-    elif format == "fp8_cast":
-        taken = data.view(torch.uint8)[flat].view(data.dtype).to(dtype)
-    elif format in BLOCKS:
-        taken = unpack_ggml_rows(format, data, shape, flat, dtype)
-    else:
-        raise ValueError(
-            f"rows of format {format!r} cannot be unpacked alone; {', '.join(('fp8', 'fp8_cast', *BLOCKS))} can"
-        )
-    return taken.view(*rows.shape, shape[-1])
 
 
 def repack(format: str, weight: Tensor, parts: Mapping[str, Tensor], *, name: str, seed: int = 0) -> dict[str, Tensor]:

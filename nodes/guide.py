@@ -16,7 +16,6 @@ _STRENGTHS = {
     "modality": "How strongly the {} follows the other stream, sound or picture. 1 is off and saves a pass.",
     "rescale": "How far the contrast of the guided {} is pulled back to the unguided one. 0 is off, 1 all the way.",
 }
-_NEUTRAL = {"cfg": 1.0, "stg": 0.0, "modality": 1.0, "rescale": 0.0}
 _LIMIT = {"cfg": 100.0, "stg": 100.0, "modality": 100.0, "rescale": 1.0}
 
 

@@ -277,7 +277,7 @@ class AVBlock(nn.Module):
             ways["query"] = cross.row(half.cross_rows[0]), cross.row(half.cross_rows[1])
         if gives:
             ways["context"] = cross.row(other.cross_rows[0]), cross.row(other.cross_rows[1])
-        # all layers of a block compute in eight bits, or none
+        # a layer that is handed no rows makes its own, which is right and costs a pass
         quantize = half.ff.reads_rows
         if text is None:
             x, modulated = half.add(x, ways=list(ways.values()), quantize=quantize) if ways else (x, ())

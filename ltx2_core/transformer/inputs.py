@@ -30,10 +30,6 @@ class Timesteps:
         """Those of the first ``tokens`` tokens."""
         return self if self.index is None else replace(self, index=self.index[:, :tokens])
 
-    def per_token(self) -> Tensor:
-        """[B, T, 1] (or [B, 1, 1] where all tokens share their level)"""
-        return (self.rows if self.index is None else self.rows.gather(1, self.index))[..., None]
-
 
 @dataclass(frozen=True)
 class StreamInput:

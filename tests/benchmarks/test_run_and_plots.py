@@ -78,3 +78,8 @@ def test_a_failed_benchmark_does_not_stop_the_others(module, tmp_path, monkeypat
     with pytest.raises(SystemExit, match="failed: bad"):
         run.main(["bad", "good", "--out", str(tmp_path)])
     assert "== good: 0 s, done" in capfd.readouterr().out
+
+
+def test_the_command_of_a_result_does_not_tell_where_files_are(module):
+    words = ["python", "bench.py", "--folder", "/a", "--repeat", "3", "--out=/b", "--text-folder", "/c", "--tiny"]
+    assert module("report").without_places(words) == ["python", "bench.py", "--repeat", "3", "--tiny"]

@@ -99,7 +99,8 @@ def test_the_errors_of_the_three_modes(engine, features, capsys):
         print(f"fp8 against exact bfloat16: {error(found['fp8'], found['exact']):.2%}")
     assert errors["exact"] < 0.02
     assert errors["fast"] < 1.1 * errors["exact"]
-    assert errors["exact"] < error(found["fp8"], found["exact"]) < 0.1
+    # 2.6 % here; a scale of one neighbour for another would cost far more
+    assert errors["exact"] < error(found["fp8"], found["exact"]) < 0.04
 
 
 @pytest.mark.parametrize("file", ["fp8", "fp8_row", "fp8_cast"])
@@ -107,7 +108,7 @@ def test_packed_files_compute_in_eight_bits(engine, features, file, capsys):
     want, got = velocity(engine("exact", file), features), velocity(engine("fp8", file), features)
     with capsys.disabled():
         print(f"\n{file}: fp8 against unpacked weights: {error(got, want):.2%}")
-    assert 0 < error(got, want) < 0.1
+    assert 0 < error(got, want) < 0.03
 
 
 def test_a_format_without_eight_bit_products_computes_as_with_fast(engine, features):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from ltx2_engine.kernels.fp8 import pack_fp8, scale_kind
-from ltx2_engine.kernels.packed import repack, unpack, unpack_rows
+from ltx2_engine.kernels.packed import repack, unpack
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # dtype -> mantissa bits, bias, largest number
@@ -65,15 +65,6 @@ def test_a_cast_is_the_number_of_each_byte(dtype):
     data = torch.tensor(raw, dtype=torch.uint8).view(dtype)
     got = unpack("fp8_cast", {"data": data}, data.shape, torch.float32)
     assert got.tolist() == [decoded(byte, dtype) for byte in raw]
-
-
-@pytest.mark.parametrize("kind", [*SCALES, "cast"])
-def test_rows_are_those_of_the_whole(kind):
-    parts = random_parts(E4M3, SCALES.get(kind, ()))
-    format = "fp8_cast" if kind == "cast" else "fp8"
-    rows = torch.tensor([[149, 0, 128], [127, 3, 3]])
-    whole = unpack(format, parts, SHAPE, torch.bfloat16)
-    assert torch.equal(unpack_rows(format, parts, SHAPE, rows, torch.bfloat16), whole[rows])
 
 
 def test_kinds_of_scales():
@@ -153,5 +144,3 @@ def test_other_formats_are_not_repacked(format):
 def test_unknown_formats_are_refused_by_name():
     with pytest.raises(ValueError, match="'int8' is not one of fp8, fp8_cast, mxfp8, nvfp4"):
         unpack("int8", {"data": torch.zeros(1)}, (1, 1), torch.float32)
-    with pytest.raises(ValueError, match="rows of format 'nvfp4' cannot be unpacked alone"):
-        unpack_rows("nvfp4", {"data": torch.zeros(1)}, (1, 1), torch.tensor([0]), torch.float32)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from ltx2_engine.kernels.ggml import BLOCKS, packed_bytes
-from ltx2_engine.kernels.packed import unpack, unpack_rows
+from ltx2_engine.kernels.packed import unpack
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
@@ -54,21 +54,6 @@ def test_other_dtypes_are_the_float32_result_rounded_once(format, dtype):
     shape = (8, 8 * BLOCKS[format].weights)
     wide = unpack(format, {"data": data}, shape, torch.float32)
     assert torch.equal(unpack(format, {"data": data}, shape, dtype), wide.to(dtype))
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_rows_are_those_of_the_whole(format):
-    shape = (16, 4 * BLOCKS[format].weights)
-    parts = {"data": torch.from_numpy(random_blocks(format, 64, seed=2).reshape(-1))}
-    rows = torch.tensor([[3, 0, 15], [3, 3, 7]])
-    whole = unpack(format, parts, shape, torch.float32)
-    assert torch.equal(unpack_rows(format, parts, shape, rows, torch.float32), whole[rows])
-
-
-def test_rows_that_are_no_whole_blocks_are_refused():
-    parts = {"data": torch.zeros(34 * 3, dtype=torch.uint8)}
-    with pytest.raises(ValueError, match="rows of 48 are no whole blocks of 32"):
-        unpack_rows("q8_0", parts, (2, 48), torch.tensor([1]), torch.float32)
 
 
 def test_what_gguf_quantises_comes_back_within_half_a_step():

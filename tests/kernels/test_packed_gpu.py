@@ -6,7 +6,7 @@ from ltx2_engine.kernels.fp8 import pack_fp8
 from ltx2_engine.kernels.ggml import BLOCKS, packed_bytes
 from ltx2_engine.kernels.mxfp8 import pack_mxfp8
 from ltx2_engine.kernels.nvfp4 import pack_nvfp4
-from ltx2_engine.kernels.packed import repack, unpack, unpack_rows
+from ltx2_engine.kernels.packed import repack, unpack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,14 +51,6 @@ def test_unpacking_gives_the_same_bits(name, dtype):
     assert same_bits(unpack(format, parts, SHAPE, dtype), unpack(format, on_device(parts), SHAPE, dtype))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("mxfp8", "nvfp4")])
-def test_rows_give_the_same_bits(name):
-    format, parts = packed(name)
-    rows = torch.tensor([2047, 0, 5, 5])
-    here = unpack_rows(format, parts, SHAPE, rows, torch.bfloat16)
-    assert same_bits(here, unpack_rows(format, on_device(parts), SHAPE, rows.cuda(), torch.bfloat16))
-
-
 @pytest.mark.parametrize("name", [*FP8_SCALES, "fp8_cast"])
 def test_repacking_gives_the_same_bits(name):
     format, parts = packed(name)
@@ -78,12 +70,10 @@ def test_packing_gives_the_same_bits(pack):
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_waits_for_the_device(name):
     format, parts = packed(name)
-    parts, rows = on_device(parts), torch.tensor([3, 1]).cuda()
+    parts = on_device(parts)
     torch.cuda.set_sync_debug_mode("error")
     try:
         weight = unpack(format, parts, SHAPE, torch.bfloat16)
-        if format not in ("mxfp8", "nvfp4"):
-            unpack_rows(format, parts, SHAPE, rows, torch.bfloat16)
         if format in ("fp8", "fp8_cast"):
             repack(format, weight.float(), parts, name="w")
     finally:
