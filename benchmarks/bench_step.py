@@ -146,11 +146,12 @@ def measure_ours(setting: Setting, modes: list[str], results: Results) -> None:
     for mode in modes:
         numerics()[mode](model)
         weights = allocated(setting.device)
-        measure(setting, f"{OURS} {mode}", lambda shape: own_step(setting, model, shape), weights, results)
+        step = partial(own_step, setting, model)
+        measure(setting, f"{OURS} {mode}", step, weights, results, first_counts=True)
 
 
 def own_step(setting: Setting, model: Any, shape: Shape) -> Callable[[], Any]:
-    return step_of(setting.model, model, shape.clip, drawing(setting.device))
+    return step_of(setting.model, model, shape.clip, drawing(setting.device), graphed=True)
 
 
 def measure_diffusers(setting: Setting, results: Results) -> None:
@@ -188,10 +189,12 @@ def measure(
     weights: int,
     results: Results,
     check: Callable[[], None] = lambda: None,
+    *,
+    first_counts: bool = False,
 ) -> None:
     """Measure a model at all shapes. check: called after each, may raise."""
     for shape in setting.shapes:
-        measured, output = setting.watch.measure(step(shape), weights)
+        measured, output = setting.watch.measure(step(shape), weights, first_counts=first_counts)
         refuse_unless_finite(who, output)
         check()
         results.add(shape, who, measured)
@@ -249,9 +252,9 @@ def several_passes_and_profile(setting: Setting, options: argparse.Namespace) ->
         if options.guided:
             rows += guided(setting, model, f"{OURS} {mode}")
         if options.profile:
-            path = None if options.tiny else options.out / f"{options.name}_profile_{mode}.txt"
-            step = own_step(setting, model, setting.guided)
-            profile(f"{setting.guided}: {OURS} {mode}", step, setting.device, path)
+            for shape in (setting.guided, setting.check):
+                path = None if options.tiny else options.out / f"{options.name}_profile_{mode}_{shape}.txt"
+                profile(f"{shape}: {OURS} {mode}", own_step(setting, model, shape), setting.device, path)
     return rows
 
 

@@ -17,6 +17,7 @@ from ltx2_engine.ltx2_core.conditioning.state import LatentState
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.config.numerics import NUMERICS, in_eight_bits
 from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
+from ltx2_engine.ltx2_core.graphs import can_capture
 from ltx2_engine.ltx2_core.loading.arena import Arena
 from ltx2_engine.ltx2_core.loading.linear import PackedLinear, PackedWeight, put
 from ltx2_engine.ltx2_core.networks import build_on_meta
@@ -89,12 +90,19 @@ def step_of(
     draw: Draw,
     guidance: StreamGuidance = PLAIN,
     evaluation: str = "split",
+    *,
+    graphed: bool = False,
 ) -> Callable[[], Output]:
-    """One evaluation of all passes of a step, as the samplers call it; gives every velocity."""
+    """One evaluation of all passes of a step, as the samplers call it; gives every velocity.
+
+    graphed: captured at its first call, as the engine does it where a device can.
+    """
     states, prompt = random_states(config, clip, draw), random_prompt(config, draw)
     x = states.map(lambda state: state.latent)
     passes = plan_passes(AV(guidance, guidance))
-    evaluate = EVALUATIONS[evaluation](model, states, passes, prompt, prompt.map(torch.neg), lambda: None)
+    graphed = graphed and can_capture(next(x.present()).device)
+    both = prompt, prompt.map(torch.neg)
+    evaluate = EVALUATIONS[evaluation](model, states, passes, *both, lambda: None, graphed=graphed)
     return lambda: [part for velocity in evaluate(x, SIGMA, AV(True, True)) for part in velocity.present()]
 
 

@@ -38,7 +38,8 @@ class Bar:
 
 # sound has so few values that its error varies more. Eight-bit numbers have an error of their own, reported, not judged
 CLOSE = Bar(0.99999, AV(1.02, 1.1))
-BARS = {"exact": CLOSE, "fast": CLOSE, "fp8": Bar(0.998, None)}
+# fast rounds less often than plain torch in bfloat16, so it is elsewhere by as much as that is wrong
+BARS = {"exact": CLOSE, "fast": Bar(0.9999, AV(1.02, 1.1)), "fp8": Bar(0.998, None)}
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,11 @@ def compared(
     first: list[torch.Tensor] = []
     for what, (strengths, kind) in wanted.items():
         clean(setting.device)
-        run = step_of(setting.model, model, shape.clip, drawing(setting.device), strengths, kind)
-        measured[what], output = setting.watch.measure(run, weights)
+        run = step_of(setting.model, model, shape.clip, drawing(setting.device), strengths, kind, graphed=True)
+        measured[what], output = setting.watch.measure(run, weights, first_counts=True)
         refuse_unless_finite(what, output)
-        first = first or output
+        # the next evaluation takes the memory in which this one's results lie
+        first = first or [part.clone() for part in output]
         # every evaluation gives the unperturbed pass first
         if kind == "split" and not all(map(torch.equal, first, output[:2])):
             raise WrongResult(f"{what}: its first pass is not the plain forward: no figures")

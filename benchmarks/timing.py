@@ -82,13 +82,16 @@ class Stopwatch:
     fewest: int = 3
     most: int = 20
 
-    def measure(self, run: Callable[[], Any], weights: int = 0) -> tuple[Measured, Any]:
+    def measure(self, run: Callable[[], Any], weights: int = 0, *, first_counts: bool = False) -> tuple[Measured, Any]:
         """Times of ``run``, and what it gave last. weights: bytes on the device that are not the run's.
 
+        first_counts: count the memory of the first run too, for one that is captured then and has no tensors later.
         The host does not wait for the device between repetitions.
         """
+        clean(self.device)
         run()
         settle(self.device)
+        first = self._peak() if first_counts else 0
         clean(self.device)
         before = mark(self.device)
         run()
@@ -100,5 +103,9 @@ class Stopwatch:
             given = run()
             marks.append(mark(self.device))
         settle(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) - weights if self.device.type == "cuda" else 0
+        peak = max(self._peak(), first, weights) - weights
         return Measured([milliseconds(*pair) for pair in pairwise(marks)], peak), given
+
+    def _peak(self) -> int:
+        """Bytes that tensors took on the device at most; 0 on the CPU."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0

@@ -25,6 +25,7 @@ from .conditioning.state import LatentState
 from .config.version import ModelVersion
 from .evaluate import EVALUATIONS
 from .frames import deliver
+from .graphs import WORTH_CAPTURING, can_capture
 from .host import Progress, host
 from .job import DecodedClip, SampleJob, check_job, check_latents
 from .loading.lora.file import read_lora, reference_factors
@@ -167,6 +168,7 @@ class LocalEngine:
                     self._on_device(job.positive),
                     None if job.negative is None else self._on_device(job.negative),
                     host().check_interrupt,
+                    graphed=self._worth_graphs(plan, evaluations(job.sampler.name, sigmas)),
                 )
                 if runs_fused(self.device):
                     warm_up(states, passes, guidance, job.sampler.name)
@@ -343,6 +345,11 @@ class LocalEngine:
         plan = plan_memory(needs, room)
         _LOG.info("memory plan\n%s", plan)
         return plan
+
+    def _worth_graphs(self, plan: MemoryPlan | None, evaluations: int) -> bool:
+        """Whether that many evaluations are captured: blocks that are streamed change their place."""
+        resident = plan is not None and not plan.streamed_blocks
+        return resident and evaluations >= WORTH_CAPTURING and can_capture(self.device)
 
     def _decode_plan(self, clip: ClipShape, free: int) -> tiling.TilePlan:
         shape = (1, self.config.video_vae.latent_channels, *clip.grid)

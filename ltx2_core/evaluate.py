@@ -12,10 +12,12 @@ from ..kernels import runs_fused
 from .av import AV
 from .conditioning.attention import attention_bias
 from .conditioning.state import LatentState
+from .graphs import Graphs, Run
 from .sampling.denoise import Evaluate
 from .sampling.guidance import GuidancePass
 from .sampling.warm_up import some_values
 from .transformer.inputs import Pass, Perturbation, StreamInput, Timesteps, plan_keeps
+from .transformer.lanes import ONE_LANE, Lanes
 from .transformer.model import Transformer
 from .transformer.rope import Rotary
 
@@ -26,12 +28,15 @@ def batched_evaluate(
     passes: Sequence[GuidancePass],
     positive: AV[Tensor],
     negative: AV[Tensor] | None,
-    on_block: Callable[[], None],
+    check: Callable[[], None],
+    *,
+    graphed: bool = False,
 ) -> Evaluate:
     """An evaluation of all passes in one model call, stacked on the batch dimension, pass-major.
 
     positive, negative: text features of the prompts, [1, S, width] on the model's device and in its dtype.
-    ``on_block`` is called before every block and may raise to stop.
+    ``check`` is called before every block and may raise to stop. graphed: capture it as ``graphs.Graphs``, for weights that
+    stay where they are.
 
     Nothing in the returned function waits for the device: levels, masks and tables are built now.
     """
@@ -44,12 +49,15 @@ def batched_evaluate(
     if runs_fused(first.latent.device):
         model.warm_up(templates.map(lambda t: t.trial()), keeps)
 
-    def evaluate(x: AV[Tensor], sigma: float, enabled: AV[bool]) -> list[AV[Tensor]]:
-        velocity = model(templates.map(lambda t, x, on: t.at(x, sigma, on), x, enabled), keeps=keeps, on_block=on_block)
+    def run(
+        x: AV[Tensor], sigma: float | Tensor, enabled: AV[bool], on_block: Callable[[], None], lanes: Lanes
+    ) -> list[AV[Tensor]]:
+        inputs = templates.map(lambda t, x, on: t.at(x, sigma, on), x, enabled)
+        velocity = model(inputs, keeps=keeps, on_block=on_block, lanes=lanes)
         chunks = velocity.map(lambda v: v.chunk(len(passes)))
         return [chunks.map(lambda parts, index=index: parts[index]) for index in range(len(passes))]
 
-    return evaluate
+    return _evaluation(run, check, first.latent.device, graphed)
 
 
 def split_evaluate(
@@ -58,8 +66,9 @@ def split_evaluate(
     passes: Sequence[GuidancePass],
     positive: AV[Tensor],
     negative: AV[Tensor] | None,
-    on_block: Callable[[], None],
+    check: Callable[[], None],
     *,
+    graphed: bool = False,
     share_prefixes: bool = True,
 ) -> Evaluate:
     """An evaluation of one pass at a time, block after block over all passes; arguments as above.
@@ -75,16 +84,22 @@ def split_evaluate(
             keeps = plan_keeps([skips], model.config.num_layers, first.device, first.dtype)
             model.warm_up(templates[one.negative].map(lambda t: t.trial()), keeps)
 
-    def evaluate(x: AV[Tensor], sigma: float, enabled: AV[bool]) -> list[AV[Tensor]]:
+    def run(
+        x: AV[Tensor], sigma: float | Tensor, enabled: AV[bool], on_block: Callable[[], None], lanes: Lanes
+    ) -> list[AV[Tensor]]:
         # passes of one prompt get one input object, by which the model knows that they begin alike
         inputs = [template.map(lambda t, x, on: t.at(x, sigma, on), x, enabled) for template in templates]
         chosen = [Pass(inputs[one.negative], skips) for one, skips in zip(passes, perturbations, strict=True)]
-        return model.run_passes(chosen, share_prefixes=share_prefixes, on_block=on_block)
+        return model.run_passes(chosen, share_prefixes=share_prefixes, on_block=on_block, lanes=lanes)
 
-    return evaluate
+    return _evaluation(run, check, first.device, graphed)
 
 
 EVALUATIONS = {"split": split_evaluate, "batched": batched_evaluate}
+
+
+def _evaluation(run: Run, check: Callable[[], None], device: torch.device, graphed: bool) -> Evaluate:
+    return Graphs(run, check, device) if graphed else lambda x, sigma, on: run(x, sigma, on, check, ONE_LANE)
 
 
 def _perturbation(one: GuidancePass) -> Perturbation:
@@ -138,7 +153,7 @@ class _Template:
         """Tokens of no meaning at some level, to try kernels on."""
         return self.at(some_values(self.input.latent), 0.5, True)
 
-    def at(self, x: Tensor, sigma: float, enabled: bool) -> StreamInput:
+    def at(self, x: Tensor, sigma: float | Tensor, enabled: bool) -> StreamInput:
         times = Timesteps(self.levels * sigma, self.input.timesteps.index, self.own * sigma)
         tokens = x if self.copies == 1 else x.repeat(self.copies, 1, 1)
         return replace(self.input, latent=tokens, timesteps=times, enabled=enabled)

@@ -20,7 +20,7 @@ class _Peaks:
 
     self_attention: the tokens modulated, queries, keys and values in one, both once more behind norm and rotation, and the
     result. two_ways: behind text attention, when the state is modulated for two readers. received: the same for one reader,
-    behind what comes from the other stream, without the three of ``_BETWEEN``.
+    behind what comes from the other stream, without what is counted in ``_BETWEEN``.
     crossed: keys and values of audio-video attention. gathered: more where tokens differ in noise level.
     """
 
@@ -34,8 +34,11 @@ class _Peaks:
 # In plain torch every operation makes a tensor; it makes copies of queries and keys to rotate them.
 _TORCH = _Peaks(self_attention=8, two_ways=8, received=6, crossed=5, gathered=1)
 _FUSED = _Peaks(self_attention=7, two_ways=5, received=3, crossed=3, gathered=0)
-# Between the two attentions of a block and what one stream receives from the other: the state, and modulated twice.
-_BETWEEN = 3
+# Between text attention and what one stream receives from the other: the state and, modulated, its queries; as wide as
+# audio-video attention: the keys as they were projected and normed, and the values.
+_BETWEEN, _GIVEN = 2, 3
+# While those keys and values are made: the state, and modulated twice.
+_GIVING = 3
 # Queries of audio-video attention, and the result.
 _QUERIES = 2
 # Before the feed-forward: the state, and modulated.
@@ -72,8 +75,8 @@ class _Stream:
 
     kept: from the first step to the last. width: the hidden states. rows: these in eight bits, where layers read those.
     text: what a block keeps of prompts.
-    first: self and text attention. crossed: tokens as wide as audio-video attention. received: with what comes from the
-    other stream.
+    first: self and text attention. crossed: tokens as wide as audio-video attention. giving: while the other stream's keys
+    and values are made. between: with these made. received: with what comes from the other stream.
     """
 
     kept: int
@@ -82,6 +85,8 @@ class _Stream:
     text: int
     first: int
     crossed: int
+    giving: int
+    between: int
     received: int
 
 
@@ -139,17 +144,20 @@ def sampling_work_bytes(
             + features
             + (projected if split else text)
             + batch * count * own.in_channels * copies
-            + rows * (prompts * (branch_rows + _OTHER_ROWS) + branch_rows + _CROSS_ROWS),
+            + rows * (prompts * (branch_rows + _OTHER_ROWS) + branch_rows),
             width=width,
             rows=eight,
             text=prompts * _TEXT * text,
-            first=max(
+            first=_CROSS_ROWS * rows
+            + max(
                 # a GPU copies weights whose rows are not aligned
                 eight + (peaks.self_attention - 1) * width + max(width, bias if count % 8 else 0),
                 2 * eight + peaks.two_ways * width + gathered,
                 config.cross_attention_adaln * text,
             ),
             crossed=crossed,
+            giving=_CROSS_ROWS * rows + 2 * eight + _GIVING * width + peaks.crossed * crossed,
+            between=eight + _BETWEEN * width + _GIVEN * crossed,
             received=eight + peaks.received * width + gathered,
         )
 
@@ -158,16 +166,15 @@ def sampling_work_bytes(
     # every pass keeps the state that entered a block until the last pass is through it
     waiting = (2 * (passes if split else 1) - 1) * state
     rows = sum(one.rows for one in streams)
-    between = _BETWEEN * state + 2 * rows if len(streams) == 2 else _BEFORE_FF * state + rows
+    exchange = len(streams) == 2
+    between = sum(one.between for one in streams)
     work = 0
-    for one, other in zip(streams, reversed(streams), strict=True):
-        ahead = sum(before.width for before in streams[: streams.index(one)])
+    for number, one in enumerate(streams):
+        ahead = sum(before.width for before in streams[:number])
         work = max(
             work,
-            _BETWEEN * ahead + one.first,
-            between + _BEFORE_FF * ahead + max(one.received, peaks.crossed * other.crossed + _QUERIES * one.crossed)
-            if len(streams) == 2
-            else 0,
+            sum(before.between for before in streams[:number]) + max(one.first, one.giving if exchange else 0),
+            between + _BEFORE_FF * ahead + max(one.received, _QUERIES * one.crossed) if exchange else 0,
             _BEFORE_FF * state
             + rows
             + ahead

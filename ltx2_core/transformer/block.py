@@ -16,6 +16,7 @@ from ..config.transformer import StreamConfig, TransformerConfig
 from .adaln import Modulation
 from .attention import Attention, Keep, KeysValues
 from .inputs import BlockKeep, StreamInput
+from .lanes import ONE_LANE, Lanes
 from .projections import Tokens, apply, for_linear, reads_rows
 
 # Rows of scale_shift_table and of the matching adaLN rows: shift, scale, gate of each branch.
@@ -47,13 +48,13 @@ class StreamState:
 class _Read:
     """A stream's tokens x behind text attention, and what is still to be done with them.
 
-    query: modulated to receive from the other stream. context: modulated for the other to read. hidden: modulated for the
-    feed-forward.
+    query: modulated to receive from the other stream. given: keys and values for the other to read. hidden: modulated for
+    the feed-forward.
     """
 
     x: Tensor
     query: Tokens | None = None
-    context: Tokens | None = None
+    given: KeysValues | None = None
     hidden: Tokens | None = None
 
 
@@ -175,16 +176,13 @@ class StreamBlock(nn.Module):
         return self.add(x, h, gate, ways=ways, quantize=quantize)
 
     def receive(
-        self, x: Tensor, query: Tokens, context: Tokens, own: StreamState, other: StreamState, keep: Keep, way: Way
+        self, x: Tensor, query: Tokens, given: KeysValues, own: StreamState, keep: Keep, way: Way
     ) -> tuple[Tensor, Tokens]:
         """Tokens with what they receive from the other stream, and these modulated in one way.
 
-        query, context: tokens of this and of the other stream, modulated for this direction.
+        query: tokens of this stream, modulated for this direction. given: what the other stream gives.
         """
-        attention = self.cross_attn
-        h: Any = attention.attend_to(
-            attention.keys_values(context, other.inputs.cross_rotary), query, own.inputs.cross_rotary
-        )
+        h: Any = self.cross_attn.attend_to(given, query, own.inputs.cross_rotary)
         mask = keep if isinstance(keep, Tensor) else None
         x, (h,) = self.add(x, h, self.cross_gate(own), mask, ways=[way], quantize=self.ff.reads_rows)
         return x, h
@@ -223,24 +221,33 @@ class AVBlock(nn.Module):
     def halves(self) -> AV[StreamBlock]:
         return AV(self.video, self.audio)
 
-    def forward(self, x: AV[Tensor], state: AV[StreamState], keep: BlockKeep, texts: Texts | None = None) -> AV[Tensor]:
+    def forward(
+        self,
+        x: AV[Tensor],
+        state: AV[StreamState],
+        keep: BlockKeep,
+        texts: Texts | None = None,
+        lanes: Lanes = ONE_LANE,
+    ) -> AV[Tensor]:
         """x: tokens of each stream, [B, T, C]. An absent stream is skipped together with both cross attentions.
 
-        texts: what this block has read of prompts, for states that come again; it is added to.
+        texts: what this block has read of prompts, for states that come again; it is added to. lanes: where the streams
+        compute.
         """
         halves, texts = self.halves, {} if texts is None else texts
         if id(state) not in texts:
             # nothing for a stream that stays as it is
-            texts[id(state)] = state.map(lambda s, half: half.text(s) if s.inputs.enabled else None, halves)
+            texts[id(state)] = lanes.map(lambda s, half: half.text(s) if s.inputs.enabled else None, state, halves)
         text = texts[id(state)]
-        modulation = state.map(lambda s, half: half.modulation(s), halves)
+        modulation = lanes.map(lambda s, half: half.modulation(s), state, halves)
         active = state.map(lambda s: s.inputs.enabled)
         both = len(list(x.present())) == 2
         receives = active.map(lambda on, keep: both and on and keep is not False, keep.cross)
 
         # both directions read the state before either writes: that is the reference's order
-        read = x.map(
+        read = lanes.map(
             self._attend_self_and_text,
+            x,
             halves,
             halves.swap(),
             state,
@@ -250,11 +257,17 @@ class AVBlock(nn.Module):
             receives,
             receives.swap(),
         )
-        read = read.map(self._receive, read.swap(), halves, state, state.swap(), modulation, keep.cross)
-        return read.map(
+        lanes.meet()
+        received = lanes.map(self._receive, read, read.swap(), halves, state, modulation, keep.cross)
+        lanes.meet()
+        # what either gave is read
+        read = received
+        del received
+        return lanes.map(
             lambda one, half, m: (
                 one.x if one.hidden is None else half.add(one.x, half.ff(one.hidden), m.row(FF_ROWS[2]))[0]
             ),
+            read,
             halves,
             modulation,
         )
@@ -276,7 +289,7 @@ class AVBlock(nn.Module):
         if receives:
             ways["query"] = cross.row(half.cross_rows[0]), cross.row(half.cross_rows[1])
         if gives:
-            ways["context"] = cross.row(other.cross_rows[0]), cross.row(other.cross_rows[1])
+            ways["given"] = cross.row(other.cross_rows[0]), cross.row(other.cross_rows[1])
         # a layer that is handed no rows makes its own, which is right and costs a pass
         quantize = half.ff.reads_rows
         if text is None:
@@ -285,7 +298,11 @@ class AVBlock(nn.Module):
             if not receives:
                 ways["hidden"] = _way(modulation, FF_ROWS)
             x, modulated = half.attend_self_and_text(x, state, modulation, text, keep, list(ways.values()), quantize)
-        return _Read(x, **dict(zip(ways, modulated, strict=True)))
+        read: dict[str, Any] = dict(zip(ways, modulated, strict=True))
+        del modulated
+        if gives:
+            read["given"] = other.cross_attn.keys_values(read["given"], state.inputs.cross_rotary)
+        return _Read(x, **read)
 
     @staticmethod
     def _receive(
@@ -293,14 +310,12 @@ class AVBlock(nn.Module):
         other: _Read | None,
         half: StreamBlock,
         state: StreamState,
-        other_state: StreamState,
         modulation: Modulation,
         keep: Keep,
     ) -> _Read:
         if own.query is None:
             return own
         assert other is not None
-        assert other.context is not None
-        way = _way(modulation, FF_ROWS)
-        x, hidden = half.receive(own.x, own.query, other.context, state, other_state, keep, way)
+        assert other.given is not None
+        x, hidden = half.receive(own.x, own.query, other.given, state, keep, _way(modulation, FF_ROWS))
         return _Read(x, hidden=hidden)

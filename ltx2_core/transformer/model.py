@@ -14,6 +14,7 @@ from ..config.numerics import NUMERICS
 from ..config.transformer import StreamConfig, TransformerConfig
 from .block import AVBlock, StreamState, Texts
 from .inputs import BlockKeep, Pass, Perturbation, StreamInput, plan_keeps
+from .lanes import ONE_LANE, Lanes
 from .rope import Rotary, rotary_table
 from .stream import Stream
 
@@ -63,12 +64,13 @@ class Transformer(nn.Module):
         disable_v2a_cross_attn: bool = False,
         keeps: Sequence[BlockKeep] | None = None,
         on_block: Callable[[], None] | None = None,
+        lanes: Lanes = ONE_LANE,
     ) -> AV[Tensor]:
         """Return the velocity [B, T, C] of each stream that is there.
 
         The four flags hold for every sample of the call (split passes); ``keeps`` from ``plan_keeps`` describes
         samples that differ (batched passes) and excludes the flags. ``on_block`` is called before every block and may
-        raise to stop.
+        raise to stop. ``lanes``: where the streams compute inside the blocks.
         """
         perturbation = Perturbation(
             tuple(skip_video_self_attn_blocks),
@@ -77,12 +79,12 @@ class Transformer(nn.Module):
             disable_v2a_cross_attn,
         )
         if keeps is None:
-            return self.run_passes([Pass(inputs, perturbation)], on_block=on_block)[0]
+            return self.run_passes([Pass(inputs, perturbation)], on_block=on_block, lanes=lanes)[0]
         if perturbation != Perturbation():
             raise ValueError("give either the flags of one pass or a plan of several passes, not both")
         walk = self._begin(inputs)
         for block, keep in zip(self.blocks, keeps, strict=True):
-            walk = self._step(block, walk, keep, {}, on_block)
+            walk = self._step(block, walk, keep, {}, on_block, lanes)
         return self._finish(walk)
 
     def run_passes(
@@ -91,6 +93,7 @@ class Transformer(nn.Module):
         *,
         share_prefixes: bool = True,
         on_block: Callable[[], None] | None = None,
+        lanes: Lanes = ONE_LANE,
     ) -> list[AV[Tensor]]:
         """Evaluate several passes block after block; returns the velocity of each.
 
@@ -105,7 +108,7 @@ class Transformer(nn.Module):
             at_block = [plan[number] for plan in keeps]
             texts: Texts = {}
             walks = [
-                (part, self._step(block, walk, at_block[part[0]], texts, on_block))
+                (part, self._step(block, walk, at_block[part[0]], texts, on_block, lanes))
                 for members, walk in walks
                 for part in _by_key(members, at_block.__getitem__)
             ]
@@ -131,11 +134,16 @@ class Transformer(nn.Module):
 
     @staticmethod
     def _step(
-        block: nn.Module, walk: _Walk, keep: BlockKeep, texts: Texts, on_block: Callable[[], None] | None
+        block: nn.Module,
+        walk: _Walk,
+        keep: BlockKeep,
+        texts: Texts,
+        on_block: Callable[[], None] | None,
+        lanes: Lanes = ONE_LANE,
     ) -> _Walk:
         if on_block is not None:
             on_block()
-        return replace(walk, x=block(walk.x, walk.state, keep, texts))
+        return replace(walk, x=block(walk.x, walk.state, keep, texts, lanes))
 
     def _finish(self, walk: _Walk) -> AV[Tensor]:
         return walk.x.map(

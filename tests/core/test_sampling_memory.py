@@ -54,7 +54,8 @@ def small_config(label):
         sizes = {"heads": 2, "head_dim": head_dim, "context_dim": 2 * head_dim}
         return replace(stream, **sizes, in_channels=CHANNELS, out_channels=CHANNELS)
 
-    streams = config.streams.map(small, AV(64, 32))
+    # wide enough that a block's arena leaves no gaps between weights in either dtype
+    streams = config.streams.map(small, AV(128, 64))
     caption = None if config.caption_channels is None else streams.video.context_dim
     return replace(config, streams=streams, num_layers=2, caption_channels=caption)
 

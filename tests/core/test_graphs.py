@@ -1,0 +1,120 @@
+"""How an evaluation is cut into graphs and how far the host runs ahead, without a device; what graphs compute, on one."""
+
+import itertools
+import threading
+import time
+
+import pytest
+import torch
+from ltx2_engine.ltx2_core.graphs import Recording, RunAhead
+
+
+class Tape:
+    """Stands in for graphs: what was begun, ended and dropped."""
+
+    def __init__(self):
+        self.log = []
+        self._numbers = itertools.count()
+
+    def begin(self):
+        tape, number = self, next(self._numbers)
+        tape.log.append(f"begin {number}")
+
+        class Graph:
+            def end(self):
+                tape.log.append(f"end {number}")
+
+            def drop(self):
+                tape.log.append(f"drop {number}")
+
+        return Graph()
+
+
+@pytest.mark.parametrize(("blocks", "graphs"), [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2), (5, 3)])
+def test_every_so_many_blocks_are_one_graph(blocks, graphs):
+    tape = Tape()
+    with Recording(tape.begin, 2, lambda: None) as recording:
+        for _ in range(blocks):
+            recording.on_block()
+    assert len(recording.graphs) == graphs
+    assert tape.log == [f"{what} {number}" for number in range(graphs) for what in ("begin", "end")]
+
+
+def test_what_fails_inside_a_capture_drops_it():
+    tape = Tape()
+
+    def evaluate():
+        with Recording(tape.begin, 1, lambda: None) as recording:
+            recording.on_block()
+            recording.on_block()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        evaluate()
+    assert tape.log == ["begin 0", "end 0", "begin 1", "drop 1"]
+
+
+def test_a_capture_can_be_stopped():
+    tape = Tape()
+
+    def check():
+        if len(tape.log) == 3:
+            raise KeyboardInterrupt
+
+    def evaluate():
+        with Recording(tape.begin, 1, check) as recording:
+            for _ in range(9):
+                recording.on_block()
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate()
+    assert tape.log == ["begin 0", "end 0", "begin 1", "drop 1"]
+
+
+class Event:
+    def __init__(self):
+        self.happened = False
+
+    def query(self):
+        return self.happened
+
+
+def test_the_host_is_only_so_far_ahead():
+    events = []
+
+    def record():
+        events.append(Event())
+        return events[-1]
+
+    ahead = RunAhead(2, record)
+    for _ in range(3):
+        ahead.wait(lambda: None)
+        ahead.enqueued()
+    done = threading.Event()
+    waiting = threading.Thread(target=lambda: (ahead.wait(lambda: None), done.set()))
+    waiting.start()
+    assert not done.wait(0.05)
+    events[0].happened = True
+    assert done.wait(10)
+    waiting.join()
+
+
+def test_a_stop_is_heard_while_the_host_waits():
+    ahead, calls = RunAhead(0, Event), []
+    ahead.enqueued()
+
+    def check():
+        calls.append(time.perf_counter())
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ahead.wait(check)
+
+
+def test_other_devices_have_no_graphs(monkeypatch):
+    from ltx2_engine.ltx2_core.graphs import can_capture
+
+    assert not can_capture(torch.device("cpu"))
+    monkeypatch.setenv("LTX2_GRAPHS", "off")
+    assert not can_capture(torch.device("cuda:0"))
