@@ -26,6 +26,7 @@ from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.loading import ring
 from ltx2_engine.ltx2_core.loading import store as store_module
 from ltx2_engine.ltx2_core.loading.checkpoint import CheckpointError
+from ltx2_engine.ltx2_core.loading.collector import collector_paused
 from ltx2_engine.ltx2_core.loading.staged import Request
 from ltx2_engine.ltx2_core.model_spec import ModelSpec
 from ltx2_engine.ltx2_core.preflight import open_files
@@ -266,11 +267,9 @@ def memory():
 def without_collector():
     """What goes here goes because nothing refers to it, not because the collector came by."""
     gc.collect()
-    gc.disable()
-    try:
+    # of a load that ends meanwhile, too
+    with collector_paused:
         yield
-    finally:
-        gc.enable()
 
 
 def until(condition, seconds=10.0):

@@ -21,6 +21,7 @@ from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.loading import ring
 from ltx2_engine.ltx2_core.loading import store as store_module
 from ltx2_engine.ltx2_core.loading.checkpoint import CheckpointError
+from ltx2_engine.ltx2_core.loading.collector import collector_paused
 from ltx2_engine.ltx2_core.loading.staged import Request
 from ltx2_engine.ltx2_core.memory_plan import SLOTS
 from ltx2_engine.ltx2_core.memory_sizes import RESERVE_BYTES
@@ -192,11 +193,9 @@ def num_tensors(module):
 def without_collector():
     """What goes here goes because nothing refers to it, not because the collector came by."""
     gc.collect()
-    gc.disable()
-    try:
+    # of a load that ends meanwhile, too
+    with collector_paused:
         yield
-    finally:
-        gc.enable()
 
 
 # reading in the background, and stopping it --------------------------------------------------------------------------
