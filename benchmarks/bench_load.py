@@ -27,6 +27,7 @@ from ltx2_engine.ltx2_core.loading.arena import Arena
 from ltx2_engine.ltx2_core.loading.build import sources_of
 from ltx2_engine.ltx2_core.loading.changes import Adapter, Adapters
 from ltx2_engine.ltx2_core.loading.checkpoint import read_header
+from ltx2_engine.ltx2_core.loading.collector import collector_paused
 from ltx2_engine.ltx2_core.loading.lora.file import read_lora
 from ltx2_engine.ltx2_core.loading.lora.strength import Strength
 from ltx2_engine.ltx2_core.loading.pinned import PinnedMemory
@@ -40,8 +41,9 @@ DEVICE = torch.device("cuda")
 PROBE = "blocks.7.video.attn1.to_q.weight"
 
 
+@collector_paused
 def new_store(path: Path, model: ModelConfig, policy: str | None = None) -> WeightStore:
-    """A store for a transformer, from its file's header on, as a component makes it."""
+    """A store for a transformer, from its file's header on, as an engine and a component make it."""
     sources = sources_of((read_header(path),), "transformer")
     module = build_on_meta("transformer", model)
     store = WeightStore(module, sources, device=DEVICE, dtype=torch.bfloat16)

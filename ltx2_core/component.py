@@ -16,6 +16,7 @@ from .host import HostOutOfMemory, Interrupted, host
 from .loading.arena import Arena
 from .loading.build import Source
 from .loading.changes import Adapters
+from .loading.collector import collector_paused
 from .loading.pinned import PinnedMemory
 from .loading.pristine import POLICIES, choose_policy
 from .loading.store import WeightStore, frozen
@@ -449,6 +450,7 @@ class Component(Generic[M]):
         self._arenas.clear()
         self._kept.clear()
 
+    @collector_paused
     def _the_store(self) -> WeightStore:
         """The network as it is, at first without any weight."""
         if self._store is None:

@@ -36,8 +36,11 @@ SLOTS = 24
 MAX_THREADS = 16
 # below os.preadv's limit of 1024 buffers
 _MAX_TENSORS = 256
-# waiting for a disk takes no core
+# waiting for a disk takes no core, so a few threads are worth more than cores
 _MIN_THREADS = 4
+# for whoever consumes the tensors (it makes memory for them and merges LoRAs) and for the rest of the program: readers of
+# cached files copy all the time, and with one on every core the thread that they all wait for runs late
+_OTHER_CORES = 2
 # how long a chunk may take before the next ones are smaller, and within what time they may be larger
 _SLOW_SECONDS, _FAST_SECONDS = 0.25, 0.05
 _POLL_SECONDS = 0.05
@@ -480,4 +483,4 @@ class Readers:
 
 def _default_threads() -> int:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_THREADS, max(_MIN_THREADS, usable))
+    return min(MAX_THREADS, max(_MIN_THREADS, usable - _OTHER_CORES))

@@ -46,7 +46,7 @@ def read_staged(
     allocate: called with a request as it is taken; returns a contiguous tensor of its dtype and shape that the bytes go
     to, on ``device`` or in host memory, or a Room with one, or None for memory of their own.
     on_bytes: called with the number of bytes read since its last call, between two tensors. stopped: polled, from other
-    threads too. threads: how many read; by default as many as there are cores, 4 to 16.
+    threads too. threads: how many read; by default as many as there are cores but two, 4 to 16.
 
     Raises Interrupted when ``stopped`` returns True, CheckpointError in place of a tensor whose file cannot be read,
     ends early or was changed since its header was read, ValueError for unfit memory, and what requests, allocate and

@@ -26,6 +26,7 @@ from ...kernels.packed import REPACKABLE, repack, unpack
 from .build import Source, check, sources_of
 from .changes import NO_CHANGES, Adapters, Changes, changes_by_parameter
 from .checkpoint import Checkpoint, TensorInfo
+from .collector import collector_paused
 from .linear import LowRank, PackedLinear, put
 from .lora.delta import add_deltas, factors
 from .lora.finite import FiniteCheck
@@ -188,6 +189,7 @@ class WeightStore:
         for _ in read_staged(requests, device="cpu", allocate=place, stopped=stopped):
             pass
 
+    @collector_paused
     def converge(
         self,
         wanted: Callable[[], Adapters],

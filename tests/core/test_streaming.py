@@ -235,6 +235,14 @@ def test_weights_changed_in_host_memory_take_effect_after_release():
     assert same_bits(sampled(model, PLAIN, "split"), sampled(other, PLAIN, "split"))
 
 
+def call_inside(blocks, hook):
+    """Have a hook called in every block, when its tensors are those of a slot and most of them are still to be read.
+
+    On a layer that is called as a module: attentions are not, nor layers of which several are one product.
+    """
+    return [block.video.attn2.to_q.register_forward_pre_hook(hook) for block in blocks]
+
+
 class Stop(BaseException):
     """As an interrupt: hooks that PyTorch always calls are not called for it."""
 
@@ -254,8 +262,7 @@ def test_a_run_that_ends_anywhere_leaves_host_weights_and_a_stream_that_goes_on(
         if calls == at:
             raise kind
 
-    # inside a block, where its tensors are those of a slot
-    hooks = [block.video.attn2.to_q.register_forward_pre_hook(stop) for block in model.blocks]
+    hooks = call_inside(model.blocks, stop)
     with pytest.raises(kind):
         sampled(model, PLAIN, "split")
     for hook in hooks:
@@ -496,8 +503,7 @@ def test_a_gpu_gives_the_same_bits_whatever_is_slow(guidance, slow):
         stream = BlockStream(streamed, device=device, transfers=SlowTransfers(device))
     else:
         stream = BlockStream(streamed, device=device)
-        for block in streamed:
-            block.video.attn1.register_forward_pre_hook(lambda *_: torch.cuda._sleep(SLEEP))
+        call_inside(streamed, lambda *_: torch.cuda._sleep(SLEEP))
     assert same_bits(sampled(model, guidance, "split"), want)
     assert stream.copies == 3 * STREAMED + 1
 
@@ -511,8 +517,7 @@ def test_a_gpu_shows_a_missing_event(forgets):
     device = torch.device("cuda", torch.cuda.current_device())
     BlockStream(streamed, device=device, transfers=SlowTransfers(device, forgets))
     if forgets == "free":
-        for block in streamed:
-            block.video.attn1.register_forward_pre_hook(lambda *_: torch.cuda._sleep(SLEEP))
+        call_inside(streamed, lambda *_: torch.cuda._sleep(SLEEP))
     assert not same_bits(sampled(model, PLAIN, "split"), want)
 
 

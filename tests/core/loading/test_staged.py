@@ -385,6 +385,12 @@ def test_few_chunks_start_few_threads(file, sizes):
     assert max(seen) == 3
 
 
+@pytest.mark.parametrize(("cores", "threads"), [(1, 4), (4, 4), (8, 6), (16, 14), (18, 16), (128, 16)])
+def test_readers_leave_cores_to_those_that_they_read_for(monkeypatch, cores, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert ring._default_threads() == threads
+
+
 def test_bytes_are_counted_in_the_callers_thread_before_the_tensor_comes(file, path_to_memory, sizes):
     sizes(16)
     header = file({"a": torch.arange(10.0), "b": torch.arange(3.0)})

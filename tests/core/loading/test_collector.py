@@ -1,0 +1,111 @@
+"""The garbage collector's pause: over when the last thread has left, and then as it was before."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from ltx2_engine.ltx2_core.component import Component, NetworkFiles
+from ltx2_engine.ltx2_core.loading.build import Source
+from ltx2_engine.ltx2_core.loading.checkpoint import read_header
+from ltx2_engine.ltx2_core.loading.collector import collector_paused
+from ltx2_engine.ltx2_core.loading.store import WeightStore
+from ltx2_engine.ltx2_core.loading.weights import weights_of
+from safetensors.torch import save_file
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    assert gc.isenabled()
+    yield
+    assert collector_paused._inside == 0
+    gc.enable()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_it_is_afterwards_as_it_was_before(on):
+    if not on:
+        gc.disable()
+    with collector_paused:
+        assert not gc.isenabled()
+        with collector_paused:
+            assert not gc.isenabled()
+        assert not gc.isenabled(), "the outer pause is not over"
+    assert gc.isenabled() is on
+
+
+def test_an_error_ends_it():
+    @collector_paused
+    def fails():
+        assert not gc.isenabled()
+        raise ValueError("no")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            fails()
+        assert gc.isenabled()
+
+
+def test_the_last_thread_that_leaves_ends_it():
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with collector_paused:
+            entered.set()
+            leave.wait(10)
+
+    with collector_paused:
+        thread = threading.Thread(target=other)
+        thread.start()
+        entered.wait(10)
+    assert not gc.isenabled(), "the other thread is still inside"
+    leave.set()
+    thread.join()
+    assert gc.isenabled()
+
+
+def test_many_threads_at_once():
+    seen = []
+
+    def come_and_go():
+        for _ in range(500):
+            with collector_paused:
+                seen.append(gc.isenabled())
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(seen)
+    assert gc.isenabled()
+
+
+def test_a_load_is_such_a_pause_from_the_module_to_the_last_byte(tmp_path, monkeypatch):
+    """Of any network: all are built, planned and read in the same place."""
+    save_file(nn.Linear(3, 5).state_dict(), tmp_path / "linear.safetensors")
+    file = read_header(tmp_path / "linear.safetensors")
+    seen = {}
+
+    def build():
+        seen["built"] = gc.isenabled()
+        return nn.Linear(3, 5, device="meta")
+
+    def note(name):
+        method = getattr(WeightStore, name)
+
+        def noting(*args, **kwargs):
+            seen[name] = gc.isenabled()
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(WeightStore, name, noting)
+
+    for name in ("__init__", "_task", "_arrive"):
+        note(name)
+    sources = [Source(name, file, weight) for name, weight in weights_of(file).items()]
+    component = Component("network", NetworkFiles(build, sources), device="cpu", dtype=torch.float32)
+    component.use(0)
+    assert seen == {"built": False, "__init__": False, "_task": False, "_arrive": False}
+    assert gc.isenabled()
+    component.close()
