@@ -13,6 +13,8 @@ from .pinned import PinnedMemory, pages
 # no load of a GPU wants more
 _ALIGNMENT = 256
 _ATTRIBUTE = "_ltx2_arena"
+# What a linear layer's product reads: of itself, or of a weight that is multiplied in eight bits.
+_OF_LINEAR = (("", "weight"), ("", "bias"), ("packed", "data"), ("packed", "scale"))
 
 
 class _Place(NamedTuple):
@@ -121,14 +123,15 @@ def _named(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     for owner in module.modules():
         for group in getattr(owner, "side_by_side", ()):
             linears = [owner.get_submodule(name) for name in group]
-            for name in ("weight", "bias"):
+            for path, name in _OF_LINEAR:
                 for linear in linears:
-                    weights = linear._parameters.get(name)
-                    if weights is not None:
-                        yield linear, name, weights
+                    holder = getattr(linear, path, None) if path else linear
+                    tensors = {} if holder is None else holder._parameters | holder._buffers
+                    if tensors.get(name) is not None:
+                        yield holder, name, tensors[name]
     for owner in module.modules():
-        for tensors in (owner.named_parameters, owner.named_buffers):
-            for name, tensor in tensors(recurse=False, remove_duplicate=False):
+        for own in (owner.named_parameters, owner.named_buffers):
+            for name, tensor in own(recurse=False, remove_duplicate=False):
                 yield owner, name, tensor
 
 

@@ -24,6 +24,12 @@ class Lanes:
     def meet(self) -> None:
         """Each lane waits for the other."""
 
+    def part(self) -> None:
+        """Begin the second lane behind what the first has done so far."""
+
+    def join(self) -> None:
+        """End the second lane: the first goes on when both are done."""
+
 
 ONE_LANE = Lanes()
 
@@ -51,9 +57,7 @@ class TwoLanes(Lanes):
         self._sound.wait_event(ours)
 
     def part(self) -> None:
-        """Begin the sound's lane behind what the video's has done so far."""
         self._sound.wait_stream(torch.cuda.current_stream(self._sound.device))
 
     def join(self) -> None:
-        """End the sound's lane: the video's goes on when both are done."""
         torch.cuda.current_stream(self._sound.device).wait_stream(self._sound)

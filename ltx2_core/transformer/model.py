@@ -83,8 +83,10 @@ class Transformer(nn.Module):
         if perturbation != Perturbation():
             raise ValueError("give either the flags of one pass or a plan of several passes, not both")
         walk = self._begin(inputs)
+        lanes.part()
         for block, keep in zip(self.blocks, keeps, strict=True):
             walk = self._step(block, walk, keep, {}, on_block, lanes)
+        lanes.join()
         return self._finish(walk)
 
     def run_passes(
@@ -104,6 +106,7 @@ class Transformer(nn.Module):
         keeps = [plan_keeps([one.perturbation], self.config.num_layers, *_kind(one.inputs)) for one in passes]
         groups = _by_key(range(len(passes)), lambda index: id(passes[index].inputs) if share_prefixes else index)
         walks = [(members, self._begin(passes[members[0]].inputs)) for members in groups]
+        lanes.part()
         for number, block in enumerate(self.blocks):
             at_block = [plan[number] for plan in keeps]
             texts: Texts = {}
@@ -112,6 +115,7 @@ class Transformer(nn.Module):
                 for members, walk in walks
                 for part in _by_key(members, at_block.__getitem__)
             ]
+        lanes.join()
         results = {index: self._finish(walk) for members, walk in walks for index in members}
         return [results[index] for index in range(len(passes))]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import Quantized, quantize_rows
+from ...kernels import Quantized, fp8_linear, quantize_rows
 
 
 class Tokens(NamedTuple):
@@ -39,19 +39,42 @@ def project(tokens: Tokens, linears: Sequence[Any]) -> tuple[Tensor, ...]:
     One matrix product where their weights and biases lie end to end, as those of a block do whose modules name them in
     ``side_by_side`` (``loading/arena.py``). The outputs are then slices of one tensor, with unit last stride.
     """
-    weights = _joint([linear.weight for linear in linears]) if all(type(one) is nn.Linear for one in linears) else None
-    biases = None if weights is None else _joint([linear.bias for linear in linears])
-    if weights is None or biases is None:
+    together = _in_eight_bits(tokens, linears) if all(map(reads_rows, linears)) else _in_one(tokens, linears)
+    if together is None:
         return tuple(apply(linear, tokens) for linear in linears)
-    return F.linear(tokens.plain, weights, biases).split([linear.out_features for linear in linears], dim=-1)
+    return together.split([len(linear.bias) for linear in linears], dim=-1)
 
 
-def _joint(tensors: Sequence[Tensor]) -> Tensor | None:
+def _in_one(tokens: Tokens, linears: Sequence[Any]) -> Tensor | None:
+    """The outputs side by side, from weights that lie end to end; else None."""
+    if not all(type(one) is nn.Linear for one in linears):
+        return None
+    weights, biases = (_joint([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+    return None if weights is None or biases is None else F.linear(tokens.plain, weights, biases)
+
+
+def _in_eight_bits(tokens: Tokens, linears: Sequence[Any]) -> Tensor | None:
+    """The same for layers that read rows in eight bits."""
+    factors = [linear.packed.factor() for linear in linears]
+    if any(len(one.scale) != len(one.data) for one in factors):
+        return None  # one scale for a whole weight, or none
+    data, scales = _joint([one.data for one in factors]), _joint([one.scale for one in factors])
+    biases = _joint([linear.bias for linear in linears])
+    if data is None or scales is None or biases is None:
+        return None
+    rows = tokens.plain if tokens.rows is None else tokens.rows
+    return fp8_linear(rows, Quantized(data, scales), biases, tokens.plain.dtype)
+
+
+def _joint(tensors: Sequence[Tensor | None]) -> Tensor | None:
     """Tensors that lie end to end in one storage as one tensor, concatenated along the first axis; else None."""
     first = tensors[0]
+    if first is None:
+        return None
     storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    rows = 0
     for tensor in tensors:
-        if tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != storage:
+        if tensor is None or tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != storage:
             return None
-        end += tensor.nbytes
-    return first.as_strided((sum(len(tensor) for tensor in tensors), *first.shape[1:]), first.stride())
+        rows, end = rows + len(tensor), end + tensor.nbytes
+    return first.as_strided((rows, *first.shape[1:]), first.stride())

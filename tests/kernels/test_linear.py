@@ -29,7 +29,7 @@ def test_fp8_linear_is_near_the_product(rows, given):
     assert float((got - want).norm() / want.norm()) < 0.05
     quantized = quantize_rows(x, scale)
     assert torch.equal(
-        fp8_linear(quantized, packed, None, torch.float32), dequantized_linear(quantized, packed, torch.float32)
+        fp8_linear(quantized, packed, bias, torch.float32), dequantized_linear(quantized, packed, bias, torch.float32)
     )
 
 
@@ -47,9 +47,10 @@ def test_gelu_linear_on_the_gpu(bias):
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("columns", [4096, 4090])
 @pytest.mark.parametrize("whole", [(False, False), (False, True), (True, False), (True, True)])
-def test_fp8_linear_on_the_gpu(whole, columns):
+def test_fp8_linear_on_the_gpu(whole, columns, bias):
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs eight-bit matrix units")
     x = quantize_rows(torch.randn(1, 1536, 4096, device="cuda", dtype=torch.bfloat16))
@@ -58,8 +59,9 @@ def test_fp8_linear_on_the_gpu(whole, columns):
         Quantized(q.data, q.scale[..., :1, :].clone() if one else q.scale)
         for q, one in zip((x, weight), whole, strict=True)
     )
-    got = fp8_linear(x, weight, None, torch.bfloat16).float()
-    want = dequantized_linear(x, weight, torch.float32)
+    added = 50 * torch.randn(columns, device="cuda", dtype=torch.bfloat16) if bias else None
+    got = fp8_linear(x, weight, added, torch.bfloat16).float()
+    want = dequantized_linear(x, weight, added, torch.float32)
     # units of the eight-bit path's 14-bit sums and of bfloat16
     assert float((got - want).abs().max()) <= 2 * 2**-8 * float(want.abs().max())
     assert float((got - want).norm() / want.norm()) < 3e-3
