@@ -2,11 +2,13 @@
 
     python tests/kernels/compile_kernels.py 90 [--float16]
 
-Prints a line for each compilation: kernel, warps, shared memory, wide and narrow loads, fused multiplications
-and additions. Run by test_compiles.py.
+Prints a line for each compilation: kernel, warps, shared memory, wide and narrow loads, multiplications and
+additions that were fused unasked, roundings to bfloat16 one by one. Run by test_compiles.py.
 """
 
+import math
 import pathlib
+import re
 import sys
 import types
 
@@ -55,12 +57,23 @@ def compile_only():
         wide, narrow = (
             sum(ptx.count(f"ld.global.{kind}") for kind in kinds) for kinds in (("v4", "v2"), ("b16", "u16"))
         )
-        # libdevice's own are the only fused operations; they flush denormal numbers
-        fused = ptx.count("fma.rn.f32") + ptx.count("fma.rn.f16")
-        print(f"{self.__name__} warps {data.num_warps} shared {data.shared} wide {wide} narrow {narrow} fused {fused}")
+        # libdevice's own are the only others; they flush denormal numbers
+        fused = ptx.count("fma.rn.f32") + ptx.count("fma.rn.f16") - asked_for(kernel)
+        single = ptx.count("cvt.rn.bf16.f32")
+        print(
+            f"{self.__name__} warps {data.num_warps} shared {data.shared} wide {wide} narrow {narrow} "
+            f"fused {fused} single {single}"
+        )
         return kernel
 
     JITFunction.run = compiled
+
+
+def asked_for(kernel):
+    """Fused multiplications and additions of a thread that the source has."""
+    sizes = re.findall(r"math\.fma .*: tensor<([\dx]+)xf32>", kernel.asm["ttir"])
+    elements = sum(math.prod(map(int, size.split("x"))) for size in sizes)
+    return elements // (32 * kernel.metadata.num_warps)
 
 
 def of(*shape, dtype=BF16):
