@@ -53,7 +53,7 @@ def rounded(b_x, DTYPE: tl.constexpr):
 @triton.jit
 def rounded_in_pairs(b_x, DTYPE: tl.constexpr):
     """``rounded`` for what does not go straight to memory: the compiler would round it one by one, many times slower."""
-    if DTYPE == tl.bfloat16 and not _INTERPRETED:
+    if DTYPE == tl.bfloat16 and b_x.numel > 1 and not _INTERPRETED:
         b_x = tl.inline_asm_elementwise(
             "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xffff0000; }",
             "=r,=r,r,r",
@@ -92,6 +92,16 @@ def sigmoid(b_x):
 
 
 @triton.jit
+def quick_inverse(b_x):
+    """1 / x a unit off, in one instruction; 0 beyond 2^126."""
+    if _INTERPRETED:
+        b_y = 1.0 / b_x
+    else:
+        b_y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b_x], tl.float32, is_pure=True, pack=1)
+    return b_y
+
+
+@triton.jit
 def quick_sigmoid(b_x):
     """1 / (1 + e^-x) a few units off, in four instructions: for what is rounded to 16 bits at once.
 
@@ -104,14 +114,13 @@ def quick_sigmoid(b_x):
 def _logistic(b_x):
     """1 / (1 + 2^x)"""
     if _INTERPRETED:
+        # in float64, where nothing overflows that matters
         b_y = (1.0 / (1.0 + tl.exp2(b_x.to(tl.float64)))).to(tl.float32)
     else:
         b_power = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [b_x], tl.float32, is_pure=True, pack=1
         )
-        b_y = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + b_power], tl.float32, is_pure=True, pack=1
-        )
+        b_y = quick_inverse(1.0 + b_power)
     return b_y
 
 

@@ -108,7 +108,8 @@ def attention(dtype):
         kernels.head_gate.twin(q, of(1, TOKENS, HEADS, dtype=dtype), quantize=quantize)
     kernels.quantize_rows.twin(of(TOKENS, WIDTH, dtype=dtype))
     kernels.quantize_rows.twin(of(TOKENS, WIDTH, dtype=dtype), of(1, dtype=F32))
-    kernels.gelu_quantize.twin(of(TOKENS, 4 * WIDTH, dtype=dtype))
+    for width in (4 * WIDTH, 1):
+        kernels.gelu_quantize.twin(of(TOKENS, width, dtype=dtype))
 
 
 def sampling():
@@ -127,6 +128,8 @@ def vae(dtype):
     kernels.pixel_norm_silu.twin(x, torch.empty_like(x), (vector, vector))
     kernels.pixel_norm_silu.twin(last, torch.empty_like(last))
     kernels.pixel_norm_silu.twin(x, torch.empty_like(x), fast=True)
+    wide = of(1, 2048, 1, 3, 5, dtype=dtype)
+    kernels.pixel_norm_silu.twin(wide, torch.empty_like(wide))
     kernels.depth_to_space.twin(x, (2, 2, 2), x[:, :64])
     kernels.depth_to_space.twin(x, (2, 1, 1))
 
