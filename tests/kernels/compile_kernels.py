@@ -72,8 +72,8 @@ def compile_only():
 def asked_for(kernel):
     """Fused multiplications and additions of a thread that the source has."""
     sizes = re.findall(r"math\.fma .*: tensor<([\dx]+)xf32>", kernel.asm["ttir"])
-    elements = sum(math.prod(map(int, size.split("x"))) for size in sizes)
-    return elements // (32 * kernel.metadata.num_warps)
+    threads = 32 * kernel.metadata.num_warps
+    return sum(max(1, math.prod(map(int, size.split("x"))) // threads) for size in sizes)
 
 
 def of(*shape, dtype=BF16):
