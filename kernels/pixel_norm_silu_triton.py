@@ -62,11 +62,8 @@ def pixel_norm_silu_kernel(
     o_batch = o_line // height // frames
     o_columns = (o_program % blocks) * PIXELS + tl.arange(0, PIXELS)[None, :]
     o_channels = tl.arange(0, BLOCK)[:, None].to(tl.int64)
-    here = o_columns < width
-    known = None
-    if CHANNELS != BLOCK:
-        known = o_channels < CHANNELS
-        here &= known
+    known = o_channels < CHANNELS
+    here = known & (o_columns < width)
     p_from = p_x + o_batch * x_batch + o_frame * x_frame + o_row * x_row + o_columns * x_column
     p_to = p_out + o_batch * out_batch + o_frame * out_frame + o_row * out_row + o_columns * out_column
 
@@ -77,10 +74,10 @@ def pixel_norm_silu_kernel(
     b_rms = _step(tl.sqrt(b_mean), DTYPE, FAST)
     b_y = _step(b_x * quick_inverse(b_rms)[None, :], DTYPE, FAST)
     if p_scale is not None:
-        b_scale = tl.load(p_scale + o_batch * scale_batch + o_channels * scale_channel, mask=known).to(tl.float32)
-        b_shift = tl.load(p_shift + o_batch * shift_batch + o_channels * shift_channel, mask=known).to(tl.float32)
-        b_y = _step(b_y * between(1.0 + b_scale, DTYPE, FAST), DTYPE, FAST)
-        b_y = _step(b_y + b_shift, DTYPE, FAST)
+        b_scale = tl.load(p_scale + o_batch * scale_batch + o_channels * scale_channel, mask=known, other=0.0)
+        b_shift = tl.load(p_shift + o_batch * shift_batch + o_channels * shift_channel, mask=known, other=0.0)
+        b_y = _step(b_y * between(1.0 + b_scale.to(tl.float32), DTYPE, FAST), DTYPE, FAST)
+        b_y = _step(b_y + b_shift.to(tl.float32), DTYPE, FAST)
     b_y = b_y * quick_sigmoid(b_y)
     tl.store(p_to + o_channels * out_channel, rounded(b_y, DTYPE).to(DTYPE), mask=here)
 
