@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .quantized import Quantized
 
+_E4M3 = torch.finfo(torch.float8_e4m3fn)
+
 
 @dataclass(frozen=True)
 class Contract:
@@ -59,17 +61,31 @@ class Contract:
         return f"{count} of {want.numel()} elements differ, by up to {largest:.2g} units"
 
     def _quantized(self, want: Quantized, got: Quantized) -> str | None:
-        """One unit of a row's largest value changes its scale, and so a few of its numbers by one step."""
-        off = (want.scale / got.scale - 1).abs().nan_to_num()
-        if not torch.equal(want.scale.isnan(), got.scale.isnan()) or float(off.max()) > (2**-7 if self.share else 0):
+        """Of what ``_tensor`` allows, before it is rounded to eight bits.
+
+        Near zero a step is far smaller than a unit of the row's largest value, so one unit there may be many steps. A row
+        whose largest value differs counts as one element, though its scale moves a part of its numbers by a step: up to an
+        eighth, as a unit is at most an eighth of a step.
+        """
+        unit = self.units * torch.finfo(torch.bfloat16).eps
+        apart = (want.scale / got.scale - 1).abs().nan_to_num()
+        if not torch.equal(want.scale.isnan(), got.scale.isnan()) or float(apart.max()) > unit:
             return "other scales"
-        steps = (_ordered(want.data) - _ordered(got.data)).abs()
         nan = torch.isnan(want.data.float()) & torch.isnan(got.data.float())
-        steps = steps.masked_fill(nan, 0)
-        count, allowed = int((steps > 0).sum()), (0.01 * steps.numel() + 4 if self.share else 0)
-        if count <= allowed and int(steps.max()) <= 1:
+        differs = (_ordered(want.data) != _ordered(got.data)) & ~nan
+        total, count = differs.numel(), int(differs.sum())
+        if not count:
             return None
-        return f"{count} of {steps.numel()} eight-bit numbers differ, by up to {int(steps.max())} steps"
+        moved = apart.gt(0).expand(differs.shape)
+        rows, touched, held = int((apart > 0).sum()), int((differs & moved).sum()), int(moved.sum())
+        if not self.share or rows + count - touched > self.share * total + 4 or touched > held / 4 + 4:
+            return f"{count} of {total} eight-bit numbers differ, {touched} of them in {rows} rows of other scales"
+        (a, a_step), (b, b_step) = (_numbers(quantized, differs) for quantized in (want, got))
+        largest = _E4M3.max * want.scale.expand(differs.shape)[differs].double()
+        excess = float(((a - b).abs() / (unit * largest + (a_step + b_step) / 2)).max())
+        if excess <= 1.001:
+            return None
+        return f"{count} of {total} eight-bit numbers differ, by up to {excess:.2g} times what is allowed"
 
 
 # same bits: no sum in another order, no function of another library
@@ -86,6 +102,14 @@ def _ordered(data: Tensor) -> Tensor:
     """Eight-bit floats as integers in the order of their values, neighbours one apart."""
     bits = data.view(torch.uint8).to(torch.int32)
     return torch.where(bits >= 128, 128 - bits, bits)
+
+
+def _numbers(quantized: Quantized, where: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers at these places, and how far their eight-bit neighbours are."""
+    scale = quantized.scale.expand(where.shape)[where].double()
+    data = quantized.data.float()[where].double()
+    _, exponent = torch.frexp(data.abs().clamp_min(_E4M3.tiny))
+    return data * scale, scale * _E4M3.eps * torch.exp2(exponent - 1.0)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_triton import between, e4m3, e4m3_scale, magnitude_bits, rounded, sigmoid
+from .device_triton import between, e4m3, e4m3_scale, largest, rounded, rounded_in_pairs, sigmoid
 from .dispatch import opaque
 from .launch import options
 from .quantized import Quantized
@@ -39,14 +39,15 @@ def head_gate_kernel(
     b_x = tl.load(p_x + o_batch * x_batch + o_token * x_token + o_cells).to(tl.float32)
     b_logits = tl.load(p_logits + o_batch * logits_batch + o_token * logits_token + o_heads).to(tl.float32)
     b_gate = 2.0 * between(sigmoid(b_logits), DTYPE, FAST)
-    b_out = rounded(b_x * b_gate[:, None], DTYPE)
+    b_out = b_x * b_gate[:, None]
 
     o_out = o_row * (HEADS * CHANNELS) + o_cells
-    tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty))
+    tl.store(p_out + o_out, rounded(b_out, DTYPE).to(DTYPE))
     if p_data is not None:
-        scale = e4m3_scale(tl.max(tl.max(magnitude_bits(b_out), axis=1), axis=0))
+        b_out = rounded_in_pairs(b_out, DTYPE)
+        scale = e4m3_scale(largest(b_out))
         tl.store(p_scale + o_row, scale)
-        tl.store(p_data + o_out, e4m3(b_out, scale).to(p_data.dtype.element_ty))
+        tl.store(p_data + o_out, e4m3(b_out, scale))
 
 
 def _results(out: Tensor, logits: Tensor, fast: bool, quantize: bool) -> list[Tensor]:
@@ -77,7 +78,7 @@ def launch(out: Tensor, logits: Tensor, fast: bool, quantize: bool) -> list[Tens
         FAST=fast,
         HEADS=heads,
         CHANNELS=width // heads,
-        **options(width),
+        **options(width, quantize=quantize),
     )
     return made
 

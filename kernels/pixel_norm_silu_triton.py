@@ -1,4 +1,4 @@
-"""``pixel_norm_silu``: a program holds some pixels and goes twice over their channels, the second time from the cache."""
+"""``pixel_norm_silu``: a program holds some pixels with all their channels."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_triton import between, exp, rounded
+from .device_triton import between, quick_inverse, quick_sigmoid, rounded, rounded_in_pairs
 from .dispatch import opaque
-from .launch import options
+from .launch import next_power_of_two, options
 from .pixel_norm_silu import EPS
 
-# pixels side by side fill a cache line
-_PIXELS = 64
-_CHANNELS = 32
+# numbers that a program holds; pixels side by side, which are neighbours in memory: from one load of a thread to a cache line
+_HELD = 16384
+_FEWEST_PIXELS, _MOST_PIXELS = 8, 64
+
+
+@triton.jit
+def _step(b_x, DTYPE: tl.constexpr, FAST: tl.constexpr):
+    """``between`` for what the next operation takes in float32."""
+    if not FAST:
+        b_x = rounded_in_pairs(b_x, DTYPE)
+    return b_x
 
 
 @triton.jit(do_not_specialize=["frames", "height", "blocks"])
@@ -42,8 +50,8 @@ def pixel_norm_silu_kernel(
     blocks,
     eps,
     FAST: tl.constexpr,
-    ALL_CHANNELS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
     DTYPE: tl.constexpr = p_x.dtype.element_ty
@@ -53,33 +61,25 @@ def pixel_norm_silu_kernel(
     o_frame = (o_line // height) % frames
     o_batch = o_line // height // frames
     o_columns = (o_program % blocks) * PIXELS + tl.arange(0, PIXELS)[None, :]
-    o_channels = tl.arange(0, CHANNELS)[:, None].to(tl.int64)
-    inside = o_columns < width
+    o_channels = tl.arange(0, BLOCK)[:, None].to(tl.int64)
+    known = o_channels < CHANNELS
+    here = known & (o_columns < width)
     p_from = p_x + o_batch * x_batch + o_frame * x_frame + o_row * x_row + o_columns * x_column
     p_to = p_out + o_batch * out_batch + o_frame * out_frame + o_row * out_row + o_columns * out_column
 
-    b_sum = tl.zeros((CHANNELS, PIXELS), tl.float32)
-    for start in range(0, ALL_CHANNELS, CHANNELS):
-        here = inside & (start + o_channels < ALL_CHANNELS)
-        b_x = tl.load(p_from + (start + o_channels) * x_channel, mask=here, other=0.0).to(tl.float32)
-        b_sum += between(b_x * b_x, DTYPE, FAST)
-    b_mean = between(tl.sum(b_sum, axis=0) * (1.0 / ALL_CHANNELS), DTYPE, FAST)
-    b_mean = between(b_mean + tl.cast(eps, tl.float32), DTYPE, FAST)
-    b_rms = between(tl.sqrt_rn(b_mean), DTYPE, FAST)[None, :]
-
-    for start in range(0, ALL_CHANNELS, CHANNELS):
-        o_here = start + o_channels
-        here = inside & (o_here < ALL_CHANNELS)
-        b_x = tl.load(p_from + o_here * x_channel, mask=here, other=0.0).to(tl.float32)
-        b_y = between(tl.div_rn(b_x, b_rms), DTYPE, FAST)
-        if p_scale is not None:
-            known = o_here < ALL_CHANNELS
-            b_scale = tl.load(p_scale + o_batch * scale_batch + o_here * scale_channel, mask=known, other=0.0)
-            b_shift = tl.load(p_shift + o_batch * shift_batch + o_here * shift_channel, mask=known, other=0.0)
-            b_y = between(b_y * between(1.0 + b_scale.to(tl.float32), DTYPE, FAST), DTYPE, FAST)
-            b_y = between(b_y + b_shift.to(tl.float32), DTYPE, FAST)
-        b_y = rounded(tl.div_rn(b_y, 1.0 + exp(-b_y)), DTYPE)
-        tl.store(p_to + o_here * out_channel, b_y.to(DTYPE), mask=here)
+    b_x = tl.load(p_from + o_channels * x_channel, mask=here, other=0.0).to(tl.float32)
+    b_mean = tl.sum(between(b_x * b_x, DTYPE, FAST), axis=0) * (1.0 / CHANNELS)
+    b_mean = _step(_step(b_mean, DTYPE, FAST) + tl.cast(eps, tl.float32), DTYPE, FAST)
+    # no root and no quotient of numbers of 8 bits is as near to the middle of two others as these are to it
+    b_rms = _step(tl.sqrt(b_mean), DTYPE, FAST)
+    b_y = _step(b_x * quick_inverse(b_rms)[None, :], DTYPE, FAST)
+    if p_scale is not None:
+        b_scale = tl.load(p_scale + o_batch * scale_batch + o_channels * scale_channel, mask=known, other=0.0)
+        b_shift = tl.load(p_shift + o_batch * shift_batch + o_channels * shift_channel, mask=known, other=0.0)
+        b_y = _step(b_y * between(1.0 + b_scale.to(tl.float32), DTYPE, FAST), DTYPE, FAST)
+        b_y = _step(b_y + b_shift.to(tl.float32), DTYPE, FAST)
+    b_y = b_y * quick_sigmoid(b_y)
+    tl.store(p_to + o_channels * out_channel, rounded(b_y, DTYPE).to(DTYPE), mask=here)
 
 
 def _nothing(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, fast: bool) -> None:
@@ -95,7 +95,9 @@ def _nothing(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None,
 def launch(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, fast: bool) -> None:
     batch, channels = x.shape[:2]
     sizes, x_strides, out_strides = _merged(x, out)
-    blocks = -(-sizes[2] // _PIXELS)
+    block = next_power_of_two(channels)
+    pixels = min(_MOST_PIXELS, max(_FEWEST_PIXELS, _HELD // block))
+    blocks = -(-sizes[2] // pixels)
     pixel_norm_silu_kernel[(batch * sizes[0] * sizes[1] * blocks,)](
         x,
         *x.stride()[:2],
@@ -111,10 +113,10 @@ def launch(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None, e
         blocks,
         eps,
         FAST=fast,
-        ALL_CHANNELS=channels,
-        CHANNELS=_CHANNELS,
-        PIXELS=_PIXELS,
-        **options(_CHANNELS * _PIXELS),
+        CHANNELS=channels,
+        BLOCK=block,
+        PIXELS=pixels,
+        **options(block * pixels),
     )
 
 

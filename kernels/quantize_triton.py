@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_triton import e4m3, e4m3_scale, gelu_tanh, load_row, magnitude_bits, rounded, store_row
+from .device_triton import e4m3, e4m3_scale, largest, load_row, quick_gelu_tanh, rounded_in_pairs, store_row
 from .dispatch import opaque
 from .launch import next_power_of_two, options
 from .quantized import Quantized
@@ -20,11 +20,13 @@ def quantize_rows_kernel(p_x, p_given, p_data, p_scale, GELU: tl.constexpr, WIDT
     o_columns = tl.arange(0, BLOCK)
     b_x = load_row(p_x + o_row * WIDTH, o_columns, WIDTH, BLOCK)
     if GELU:
-        b_x = rounded(gelu_tanh(b_x), DTYPE)
+        b_x = rounded_in_pairs(quick_gelu_tanh(b_x), DTYPE)
     if p_given is not None:
         scale = tl.load(p_given)
+        # so that no quotient overflows, infinity's neither; NaN stays
+        b_x = tl.where(b_x > 448.0 * scale, 448.0 * scale, tl.where(b_x < -448.0 * scale, -448.0 * scale, b_x))
     else:
-        scale = e4m3_scale(tl.max(magnitude_bits(b_x), axis=0))
+        scale = e4m3_scale(largest(b_x))
         tl.store(p_scale + o_row, scale)
     store_row(p_data + o_row * WIDTH, o_columns, e4m3(b_x, scale), WIDTH, BLOCK)
 
@@ -48,7 +50,7 @@ def launch(x: Tensor, given: Tensor | None, gelu: bool) -> list[Tensor]:
         GELU=gelu,
         WIDTH=width,
         BLOCK=block,
-        **options(block),
+        **options(block, quantize=True),
     )
     return made
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_triton import between, e4m3, e4m3_scale, load_row, magnitude_bits, rounded, store_row
+from .device_triton import between, e4m3, e4m3_scale, largest, load_row, rounded, rounded_in_pairs, store_row
 from .dispatch import opaque
 from .launch import next_power_of_two, options
 from .quantized import Quantized
@@ -40,8 +40,24 @@ def _modulated(
 
 
 @triton.jit
-def _store_quantized(b_row, p_data, p_step, o_row, o_columns, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    step = e4m3_scale(tl.max(magnitude_bits(b_row), axis=0))
+def _store_quantized(
+    b_row,
+    p_data,
+    p_step,
+    o_row,
+    o_columns,
+    DTYPE: tl.constexpr,
+    FAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of the row as it is stored in DTYPE."""
+    if FAST:
+        b_row = rounded_in_pairs(b_row, DTYPE)
+    else:
+        # ends in an addition, which the compiler does in DTYPE
+        b_row = rounded(b_row, DTYPE)
+    step = e4m3_scale(largest(b_row))
     tl.store(p_step + o_row, step)
     store_row(p_data + o_row * WIDTH, o_columns, e4m3(b_row, step), WIDTH, BLOCK)
 
@@ -120,10 +136,9 @@ def residual_norm_modulate_kernel(
             p_scale = _vector(p_first_scale, o_batch, o_first, first_batch, first_row)
             p_shift = _vector(p_first_shift, o_batch, o_first, first_batch, first_row)
             b_first = _modulated(b_normed, p_scale, p_shift, o_columns, DTYPE, FAST, WIDTH, BLOCK)
-        b_first = rounded(b_first, DTYPE)
-        store_row(p_first + o_out, o_columns, b_first, WIDTH, BLOCK)
+        store_row(p_first + o_out, o_columns, rounded(b_first, DTYPE), WIDTH, BLOCK)
         if p_first_data is not None:
-            _store_quantized(b_first, p_first_data, p_first_step, o_row, o_columns, WIDTH, BLOCK)
+            _store_quantized(b_first, p_first_data, p_first_step, o_row, o_columns, DTYPE, FAST, WIDTH, BLOCK)
 
         if p_second is not None:
             b_second = b_normed
@@ -134,10 +149,9 @@ def residual_norm_modulate_kernel(
                 p_scale_2 = _vector(p_second_scale, o_batch, o_second, second_batch, second_row)
                 p_shift_2 = _vector(p_second_shift, o_batch, o_second, second_batch, second_row)
                 b_second = _modulated(b_normed, p_scale_2, p_shift_2, o_columns, DTYPE, FAST, WIDTH, BLOCK)
-            b_second = rounded(b_second, DTYPE)
-            store_row(p_second + o_out, o_columns, b_second, WIDTH, BLOCK)
+            store_row(p_second + o_out, o_columns, rounded(b_second, DTYPE), WIDTH, BLOCK)
             if p_second_data is not None:
-                _store_quantized(b_second, p_second_data, p_second_step, o_row, o_columns, WIDTH, BLOCK)
+                _store_quantized(b_second, p_second_data, p_second_step, o_row, o_columns, DTYPE, FAST, WIDTH, BLOCK)
 
 
 def _results(
@@ -210,7 +224,7 @@ def launch(
         FAST=fast,
         WIDTH=width,
         BLOCK=block,
-        **options(block),
+        **options(block, quantize=quantize),
     )
     return made
 

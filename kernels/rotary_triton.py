@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_triton import between, rounded
+from .device_triton import rounded, rounded_in_pairs
 from .dispatch import opaque
 from .launch import options
 
@@ -21,8 +21,11 @@ def _mean_square(b_first, b_second, WIDTH: tl.constexpr):
 def _turn(p_out, o_out, b_first, b_second, b_cos, b_sin, HALF: tl.constexpr, FAST: tl.constexpr):
     """Store the rotated halves."""
     DTYPE: tl.constexpr = p_out.dtype.element_ty
-    b_left = between(b_first * b_cos, DTYPE, FAST) - b_second * b_sin
-    b_right = between(b_second * b_cos, DTYPE, FAST) + b_first * b_sin
+    b_left, b_right = b_first * b_cos, b_second * b_cos
+    if not FAST:
+        b_left, b_right = rounded_in_pairs(b_left, DTYPE), rounded_in_pairs(b_right, DTYPE)
+    b_left -= b_second * b_sin
+    b_right += b_first * b_sin
     tl.store(p_out + o_out, rounded(b_left, DTYPE).to(DTYPE))
     tl.store(p_out + o_out + HALF, rounded(b_right, DTYPE).to(DTYPE))
 
@@ -30,7 +33,10 @@ def _turn(p_out, o_out, b_first, b_second, b_cos, b_sin, HALF: tl.constexpr, FAS
 @triton.jit
 def _norm(b_half, rstd, p_weight, o_weight, DTYPE: tl.constexpr, FAST: tl.constexpr):
     b_weight = tl.load(p_weight + o_weight).to(tl.float32)
-    return between(b_half * rstd * b_weight, DTYPE, FAST)
+    b_normed = b_half * rstd * b_weight
+    if not FAST:
+        b_normed = rounded_in_pairs(b_normed, DTYPE)
+    return b_normed
 
 
 @triton.jit(do_not_specialize=["tokens"])

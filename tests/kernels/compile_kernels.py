@@ -2,11 +2,13 @@
 
     python tests/kernels/compile_kernels.py 90 [--float16]
 
-Prints a line for each compilation: kernel, warps, shared memory, wide and narrow loads, fused multiplications
-and additions. Run by test_compiles.py.
+Prints a line for each compilation: kernel, warps, shared memory, wide and narrow loads, multiplications and
+additions that were fused unasked, roundings to bfloat16 one by one. Run by test_compiles.py.
 """
 
+import math
 import pathlib
+import re
 import sys
 import types
 
@@ -55,12 +57,23 @@ def compile_only():
         wide, narrow = (
             sum(ptx.count(f"ld.global.{kind}") for kind in kinds) for kinds in (("v4", "v2"), ("b16", "u16"))
         )
-        # libdevice's own are the only fused operations; they flush denormal numbers
-        fused = ptx.count("fma.rn.f32") + ptx.count("fma.rn.f16")
-        print(f"{self.__name__} warps {data.num_warps} shared {data.shared} wide {wide} narrow {narrow} fused {fused}")
+        # libdevice's own are the only others; they flush denormal numbers
+        fused = ptx.count("fma.rn.f32") + ptx.count("fma.rn.f16") - asked_for(kernel)
+        single = ptx.count("cvt.rn.bf16.f32")
+        print(
+            f"{self.__name__} warps {data.num_warps} shared {data.shared} wide {wide} narrow {narrow} "
+            f"fused {fused} single {single}"
+        )
         return kernel
 
     JITFunction.run = compiled
+
+
+def asked_for(kernel):
+    """Fused multiplications and additions of a thread that the source has."""
+    sizes = re.findall(r"math\.fma .*: tensor<([\dx]+)xf32>", kernel.asm["ttir"])
+    threads = 32 * kernel.metadata.num_warps
+    return sum(max(1, math.prod(map(int, size.split("x"))) // threads) for size in sizes)
 
 
 def of(*shape, dtype=BF16):
@@ -95,7 +108,8 @@ def attention(dtype):
         kernels.head_gate.twin(q, of(1, TOKENS, HEADS, dtype=dtype), quantize=quantize)
     kernels.quantize_rows.twin(of(TOKENS, WIDTH, dtype=dtype))
     kernels.quantize_rows.twin(of(TOKENS, WIDTH, dtype=dtype), of(1, dtype=F32))
-    kernels.gelu_quantize.twin(of(TOKENS, 4 * WIDTH, dtype=dtype))
+    for width in (4 * WIDTH, 1):
+        kernels.gelu_quantize.twin(of(TOKENS, width, dtype=dtype))
 
 
 def sampling():
@@ -114,6 +128,8 @@ def vae(dtype):
     kernels.pixel_norm_silu.twin(x, torch.empty_like(x), (vector, vector))
     kernels.pixel_norm_silu.twin(last, torch.empty_like(last))
     kernels.pixel_norm_silu.twin(x, torch.empty_like(x), fast=True)
+    wide = of(1, 2048, 1, 3, 5, dtype=dtype)
+    kernels.pixel_norm_silu.twin(wide, torch.empty_like(wide))
     kernels.depth_to_space.twin(x, (2, 2, 2), x[:, :64])
     kernels.depth_to_space.twin(x, (2, 1, 1))
 
