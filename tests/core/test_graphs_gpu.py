@@ -107,7 +107,8 @@ def test_graphs_take_the_memory_of_the_evaluation_and_give_it_back(model):
     reserved(True)
     plain, graphed = reserved(False), reserved(True)
     print(f"reserved: {plain / 1e6:.0f} MB without graphs, {graphed / 1e6:.0f} MB with them")
-    assert graphed <= 1.25 * plain + (64 << 20)
+    # pieces of 20 MB in both lanes
+    assert graphed <= 1.25 * plain + (96 << 20)
 
 
 def test_what_cannot_be_captured_runs_without_graphs(model, monkeypatch, caplog):
