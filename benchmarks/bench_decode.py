@@ -149,9 +149,10 @@ class Results:
             theirs = found.get(f"diffusers {kind}")
             own = [who for who in found if who.startswith("ours")] if theirs else []
             for who in own:
-                yield Row(f"{shape}: diffusers {kind} / {who}: time", theirs.median / found[who].median, "1")
-                if found[who].peak:
-                    yield Row(f"{shape}: diffusers {kind} / {who}: peak memory", theirs.peak / found[who].peak, "1")
+                bar = "<= 1.00" if (shape, who, kind) == (MIDDLE, "ours streamed", "whole") else ""
+                yield Row(f"{shape}: {who} / diffusers {kind}: time", found[who].median / theirs.median, "1", bar)
+                if theirs.peak:
+                    yield Row(f"{shape}: {who} / diffusers {kind}: peak memory", found[who].peak / theirs.peak, "1")
 
 
 def measure_ours(setting: Setting, results: Results) -> list[Row]:

@@ -3,6 +3,7 @@
 python benchmarks/bench_step.py
 python benchmarks/bench_step.py --shapes 512x768x121 --peers diffusers --modes exact
 python benchmarks/bench_step.py --guided     (steps of several passes against one forward)
+python benchmarks/bench_step.py --quality    (what eight bits cost)
 python benchmarks/bench_step.py --profile    (where the time of a step goes, as text beside the results)
 python benchmarks/bench_step.py --check      (only the comparison with plain torch and with float32)
 python benchmarks/bench_step.py --tiny       (a tiny model, on the CPU too: a trial of the script; nothing is written)
@@ -30,10 +31,11 @@ from ltx2_engine.ltx2_core.config.released import released_config
 from ltx2_engine.ltx2_core.tiny import tiny_config
 from own_model import drawing, numerics, random_transformer, step_of
 from report import Row, hardware, write
-from shapes import MIDDLE, SHAPES, SMALL, STAGE_1, TINY, Shape
+from shapes import LARGE, MIDDLE, SHAPES, SMALL, STAGE_1, TINY, Shape
 from step_check import Reference, check, refuse_unless_finite
-from step_guided import guided
+from step_guided import guided, stop
 from step_profile import profile
+from step_quality import Quality
 from timing import GIB, Measured, Stopwatch, allocated, clean, default_device
 
 OURS, DIFFUSERS, LTX_CORE = "ours", "diffusers", "ltx-core"
@@ -43,12 +45,21 @@ PACKAGES = {DIFFUSERS: "diffusers", LTX_CORE: "ltx_core"}
 # milliseconds on one H200 that are known to be within reach: a peer far from them was measured wrongly
 KNOWN = {(MIDDLE, COMPILED): 1048.0, (MIDDLE, EAGER): 1344.0, (SMALL, COMPILED): 358.0}
 KNOWN_ON = "H200"
+# of our time over a peer's
+BARS = {
+    (MIDDLE, f"{OURS} exact", COMPILED): "<= 0.95",
+    (MIDDLE, f"{OURS} exact", EAGER): "<= 0.74",
+    (SMALL, f"{OURS} exact", COMPILED): "<= 0.95",
+    (LARGE, f"{OURS} exact", EAGER): "<= 0.83",
+    (MIDDLE, f"{OURS} fp8", COMPILED): "<= 0.70",
+}
+FP8_OVER_EXACT = {MIDDLE: "<= 0.77"}
 SLACK = 1.05
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run. check: the shape of the comparison. guided, profiled: the shapes of those parts."""
+    """What is run. check: the shape of the comparison. guided, stage_1, stopped: the shapes of those parts."""
 
     device: torch.device
     config: dict[str, Any]
@@ -56,6 +67,7 @@ class Setting:
     check: Shape
     guided: Shape
     stage_1: Shape
+    stopped: Shape
     stg_block: int
     watch: Stopwatch
 
@@ -69,13 +81,13 @@ def full_size(layers: int | None, shapes: tuple[Shape, ...], seconds: float) -> 
     layers = config["transformer"]["num_layers"] = layers or config["transformer"]["num_layers"]
     device = default_device()
     stg_block = min(28, layers - 1)
-    return Setting(device, config, shapes, SMALL, MIDDLE, STAGE_1, stg_block, Stopwatch(device, seconds))
+    return Setting(device, config, shapes, SMALL, MIDDLE, STAGE_1, LARGE, stg_block, Stopwatch(device, seconds))
 
 
 def tiny() -> Setting:
     device = default_device()
     watch = Stopwatch(device, 0.0, fewest=2)
-    return Setting(device, tiny_config("2.3"), TINY, TINY[0], TINY[0], TINY[1], 1, watch)
+    return Setting(device, tiny_config("2.3"), TINY, TINY[0], TINY[0], TINY[1], TINY[1], 1, watch)
 
 
 class Results:
@@ -112,8 +124,22 @@ class Results:
                 yield Row(f"{what}: last visit / first visit", visits[-1].median / visits[0].median, "1")
             if not who.startswith(OURS):
                 own = {name: m.median for (s, name), m in merged.items() if s == shape and name.startswith(OURS)}
-                yield from (Row(f"{what} / {name}", measured.median / time, "1") for name, time in own.items())
+                for name, time in own.items():
+                    yield Row(f"{shape}: {name} / {who}", time / measured.median, "1", BARS.get((shape, name, who), ""))
                 yield from warnings(shape, who, measured.median)
+        yield from between_our_own(merged)
+
+
+def between_our_own(merged: dict[tuple[Shape, str], Measured]) -> Iterator[Row]:
+    """fp8 against exact, and the memory of exact against that of the compiled peer."""
+    exact, fp8 = f"{OURS} exact", f"{OURS} fp8"
+    for shape in sorted({shape for shape, _ in merged}, key=lambda shape: shape.video_tokens):
+        own, eight, peer = (merged.get((shape, who)) for who in (exact, fp8, COMPILED))
+        if own and eight:
+            ratio = eight.median / own.median
+            yield Row(f"{shape}: {fp8} / {exact}", ratio, "1", FP8_OVER_EXACT.get(shape, ""))
+        if own and peer and peer.peak:
+            yield Row(f"{shape}: peak memory, {exact} / {COMPILED}", own.peak / peer.peak, "1", "<= 1")
 
 
 def warnings(shape: Shape, who: str, time: float) -> Iterator[Row]:
@@ -221,6 +247,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--seconds", type=float, default=4.0, help="of repetitions at each shape and visit")
     parser.add_argument("--layers", type=int, help="fewer blocks, for a small card")
     parser.add_argument("--guided", action="store_true")
+    parser.add_argument("--quality", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--tiny", action="store_true")
@@ -234,28 +261,35 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         print(f"{peer} is not installed: measured without it")
     with torch.no_grad():
         rows = checked(setting, options.modes)
-        if options.guided or options.profile:
-            rows += several_passes_and_profile(setting, options)
-            if options.guided:
-                save(options, f"{options.name}_guided", rows)
+        if options.guided or options.quality or options.profile:
+            rows += parts(setting, options)
         elif not options.check:
             rows += compare(setting, options.modes, peers).rows(full_size=not options.tiny and not options.layers)
             save(options, options.name, rows, peers)
     return rows
 
 
-def several_passes_and_profile(setting: Setting, options: argparse.Namespace) -> list[Row]:
+def parts(setting: Setting, options: argparse.Namespace) -> list[Row]:
+    """What was asked for beside the comparison with others, each a result of its own."""
     clean(setting.device)
-    model, rows = random_transformer(setting.model, setting.device), []
+    model, found = random_transformer(setting.model, setting.device), {"guided": [], "quality": []}
+    quality = Quality(setting)
     for mode in options.modes:
         numerics()[mode](model)
+        who = f"{OURS} {mode}"
         if options.guided:
-            rows += guided(setting, model, f"{OURS} {mode}")
+            found["guided"] += guided(setting, model, who)
+            found["guided"] += stop(setting, model, who)
+        if options.quality:
+            found["quality"] += quality.rows(mode, model)
         if options.profile:
             for shape in (setting.guided, setting.check):
                 path = None if options.tiny else options.out / f"{options.name}_profile_{mode}_{shape}.txt"
-                profile(f"{shape}: {OURS} {mode}", own_step(setting, model, shape), setting.device, path)
-    return rows
+                profile(f"{shape}: {who}", own_step(setting, model, shape), setting.device, path)
+    for name, rows in found.items():
+        if rows:
+            save(options, f"{options.name}_{name}", rows)
+    return [row for rows in found.values() for row in rows]
 
 
 def save(options: argparse.Namespace, name: str, rows: list[Row], peers: list[str] | None = None) -> None:

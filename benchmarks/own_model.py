@@ -92,17 +92,18 @@ def step_of(
     evaluation: str = "split",
     *,
     graphed: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> Callable[[], Output]:
     """One evaluation of all passes of a step, as the samplers call it; gives every velocity.
 
-    graphed: captured at its first call, as the engine does it where a device can.
+    graphed: captured at its first call, as the engine does it where a device can. check: may raise to stop.
     """
     states, prompt = random_states(config, clip, draw), random_prompt(config, draw)
     x = states.map(lambda state: state.latent)
     passes = plan_passes(AV(guidance, guidance))
     graphed = graphed and can_capture(next(x.present()).device)
     both = prompt, prompt.map(torch.neg)
-    evaluate = EVALUATIONS[evaluation](model, states, passes, *both, lambda: None, graphed=graphed)
+    evaluate = EVALUATIONS[evaluation](model, states, passes, *both, check, graphed=graphed)
     return lambda: [part for velocity in evaluate(x, SIGMA, AV(True, True)) for part in velocity.present()]
 
 

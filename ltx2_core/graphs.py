@@ -6,6 +6,7 @@ graphs of a few blocks each, cut so that a Stop is heard between them, and the s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -118,7 +119,7 @@ class _Graph:
     """One graph while it is captured on the current stream, and behind that."""
 
     def __init__(self, pool: Any, lanes: TwoLanes):
-        self._graph, self._lanes = torch.cuda.CUDAGraph(), lanes
+        self._graph, self._lanes, self._pool = torch.cuda.CUDAGraph(), lanes, pool
         # other threads go on reading files and allocating memory
         self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         lanes.part()
@@ -129,10 +130,17 @@ class _Graph:
 
     def drop(self) -> None:
         """End the capture of something that failed."""
+        with contextlib.suppress(RuntimeError):
+            # what is stopped, but not broken, ends like any other
+            self._lanes.join()
         try:
-            self.end()
+            self._graph.capture_end()
         except RuntimeError:
-            log.debug("graphs: a failed capture was dropped", exc_info=True)
+            # the device has ended it, but PyTorch would go on allocating for it
+            device = torch.cuda.current_device()
+            for give_back in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    getattr(torch._C, give_back)(device, self._pool)
 
     def replay(self) -> None:
         self._graph.replay()

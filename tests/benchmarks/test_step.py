@@ -56,8 +56,20 @@ def test_ours_is_measured_before_and_after_each_peer(bench, values):
         visits = [name for name in found if name.startswith(f"{shape}: ours exact: time, visit")]
         assert len(visits) == (len(peers) + 1 if peers else 0)
         for who in [f"{peer} eager" for peer in peers] + ["diffusers compiled"] * ("diffusers" in peers):
-            ratio = found[f"{shape}: {who}: time"] / found[f"{shape}: ours exact: time"]
-            assert found[f"{shape}: {who} / ours exact"] == pytest.approx(ratio)
+            ratio = found[f"{shape}: ours exact: time"] / found[f"{shape}: {who}: time"]
+            assert found[f"{shape}: ours exact / {who}"] == pytest.approx(ratio)
+        fp8 = found[f"{shape}: ours fp8: time"] / found[f"{shape}: ours exact: time"]
+        assert found[f"{shape}: ours fp8 / ours exact"] == pytest.approx(fp8)
+
+
+def test_what_eight_bits_cost_and_how_long_a_stop_takes(bench, values):
+    found = values(bench.main(["--tiny", "--guided", "--quality"]))
+    for stream in ("video", "sound"):
+        of_fp8 = found[f"32x64x9: fp8: error of a forward, {stream}"]
+        assert 1e-4 < of_fp8 < 0.1
+        assert 20 < found[f"32x64x9: fp8: PSNR after 8 steps, {stream}"] < 100
+        assert found[f"32x64x9: fp8: standard deviation after 8 steps, {stream}"] > 0.1
+    assert 0 <= found["32x64x17: ours exact, 4 passes: stop, control is back"] < 5
 
 
 def test_a_wrong_block_has_no_figures(bench, only_fused):
