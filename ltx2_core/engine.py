@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -52,6 +54,8 @@ from .text import gemma
 from .text.context import Context
 from .text.native import split_conditioning
 from .text.tokenizer import Tokenizer, load_tokenizer, tokenize
+from .transformer.compiled import compiled, wants_compiling
+from .transformer.model import Transformer
 from .upsampler_files import check_fits, read_upsampler
 from .vae import tiling
 from .vae.audio import encode_waveform
@@ -174,7 +178,10 @@ class LocalEngine:
                 if runs_fused(self.device):
                     warm_up(states, passes, guidance, job.sampler.name)
                 noise = SamplerNoise(job.sampler, job.seed, self.device)
-                with host().progress(evaluations(job.sampler.name, sigmas), "sampling") as progress:
+                with (
+                    self._compiled(model, plan),
+                    host().progress(evaluations(job.sampler.name, sigmas), "sampling") as progress,
+                ):
                     shown = partial(_show, progress, self._previewer(job.latent.clip, states))
                     denoise = Denoiser(evaluate, states, passes, guidance, on_evaluated=shown)
                     x = SAMPLERS[job.sampler.name](denoise, x, sigmas, noise, job.sampler, lambda *_: None)
@@ -347,10 +354,18 @@ class LocalEngine:
         _LOG.info("memory plan\n%s", plan)
         return plan
 
+    def _compiled(self, model: Transformer, plan: MemoryPlan | None) -> AbstractContextManager[None]:
+        """Blocks that are compiled inside the context, where the user asked for it."""
+        if not wants_compiling():
+            return contextlib.nullcontext()
+        if not _resident(plan):
+            _LOG.info("compile: not with streamed blocks, nor on the CPU")
+            return contextlib.nullcontext()
+        return compiled(model.blocks)
+
     def _worth_graphs(self, plan: MemoryPlan | None, evaluations: int) -> bool:
         """Whether that many evaluations are captured: blocks that are streamed change their place."""
-        resident = plan is not None and not plan.streamed_blocks
-        return resident and evaluations >= WORTH_CAPTURING and can_capture(self.device)
+        return _resident(plan) and evaluations >= WORTH_CAPTURING and can_capture(self.device)
 
     def _decode_plan(self, clip: ClipShape, free: int) -> tiling.TilePlan:
         shape = (1, self.config.video_vae.latent_channels, *clip.grid)
@@ -412,6 +427,11 @@ class LocalEngine:
             if free is None or plan_for(max(free - decoder_bytes, 0), "auto").tile is None:
                 return
             one.release(str(self.device), None)
+
+
+def _resident(plan: MemoryPlan | None) -> bool:
+    """Whether all blocks lie on a GPU."""
+    return plan is not None and not plan.streamed_blocks
 
 
 class _Encoders:

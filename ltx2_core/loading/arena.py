@@ -125,10 +125,10 @@ def _named(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
             linears = [owner.get_submodule(name) for name in group]
             for path, name in _OF_LINEAR:
                 for linear in linears:
-                    holder = getattr(linear, path, None) if path else linear
-                    tensors = {} if holder is None else holder._parameters | holder._buffers
-                    if tensors.get(name) is not None:
-                        yield holder, name, tensors[name]
+                    holder = linear if not path else getattr(linear, path, None)
+                    found = None if holder is None else (holder._parameters | holder._buffers).get(name)
+                    if holder is not None and found is not None:
+                        yield holder, name, found
     for owner in module.modules():
         for own in (owner.named_parameters, owner.named_buffers):
             for name, tensor in own(recurse=False, remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""The attention call itself, and which of PyTorch's implementations does it."""
+"""The attention call itself, and which implementation does it: one of PyTorch's, or of a package that is installed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import functools
 import inspect
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger("ltx2.engine")
 
-# in the environment: auto or the name of an implementation that is tried first for every attention
+# in the environment: auto, or the name of an implementation that is tried first for every attention, or of a package
 SWITCH = "LTX2_ATTENTION"
 IMPLEMENTATIONS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -23,6 +25,10 @@ IMPLEMENTATIONS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# Packages that take attention without a bias in sixteen bits, where they are installed: SageAttention, which computes in
+# eight bits, and FlashAttention 3.
+PACKAGES = {"sage": "sageattention", "fa3": "flash_attn_interface"}
+_HEAD_DIMS = (64, 128)
 # so many times more keys than queries: video to audio. Only flash attention splits the keys then; measured on an H200,
 # 126 queries and 24,576 keys take 28 to 101 us with it and 211 us with cuDNN, which is 1.7 times as fast elsewhere
 _SPLIT_KEYS = 8
@@ -33,6 +39,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 
     q: [B, H, Tq, D]; k, v: [B, H, Tk, D]; bias: broadcastable to [B, H, Tq, Tk]. Returns [B, H, Tq, D].
     """
+    if q.is_cuda and bias is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] in _HEAD_DIMS:
+        package = _package(_choice())
+        if package is not None:
+            return package(q, k, v)
     with _implementation(q, k, bias):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
@@ -43,10 +53,11 @@ def order(num_queries: int, num_keys: int, *, masked: bool, choice: str = "auto"
     An implementation that does not take some attention (flash: one with a bias; both fast ones: float32) leaves it to the
     next. Sums are ordered differently in each, so results differ in the last bits.
     """
-    if choice not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"{SWITCH}={choice!r} is not known; choose auto, {', '.join(IMPLEMENTATIONS)}")
+    if choice not in ("auto", *IMPLEMENTATIONS, *PACKAGES):
+        names = ", ".join((*IMPLEMENTATIONS, *PACKAGES))
+        raise ValueError(f"{SWITCH}={choice!r} is not known; choose auto, {names}")
     many_keys = num_keys >= _SPLIT_KEYS * num_queries and not masked
-    first = choice if choice != "auto" else "flash" if many_keys else "cudnn"
+    first = choice if choice in IMPLEMENTATIONS else "flash" if many_keys else "cudnn"
     return first, *(name for name in IMPLEMENTATIONS if name != first)
 
 
@@ -64,6 +75,35 @@ def _choice() -> str:
     choice = os.environ.get(SWITCH, "auto")
     log.info("attention: %s", choice)
     return choice
+
+
+@functools.cache
+def _package(choice: str) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Attention by the chosen package; None if none is chosen, or, said once, if it cannot be loaded."""
+    if choice not in PACKAGES:
+        return None
+    try:
+        return _sage() if choice == "sage" else _flash_3()
+    except (ImportError, OSError) as error:
+        log.warning("attention: %s=%s, but %s cannot be used (%s): auto", SWITCH, choice, PACKAGES[choice], error)
+        return None
+
+
+def _sage() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from sageattention import sageattn
+
+    return functools.partial(sageattn, tensor_layout="HND", is_causal=False)
+
+
+def _flash_3() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from flash_attn_interface import flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=False)
+        # earlier releases return the log-sum-exp beside it
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return attend
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -69,8 +70,8 @@ def _in_eight_bits(tokens: Tokens, linears: Sequence[Any]) -> Tensor | None:
 def _joint(tensors: Sequence[Tensor | None]) -> Tensor | None:
     """Tensors that lie end to end in one storage as one tensor, concatenated along the first axis; else None."""
     first = tensors[0]
-    if first is None:
-        return None
+    if first is None or torch.compiler.is_compiling():
+        return None  # the compiler does not see where tensors lie
     storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
     rows = 0
     for tensor in tensors:

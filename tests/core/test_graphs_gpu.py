@@ -13,6 +13,7 @@ from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
 from ltx2_engine.ltx2_core.loading.arena import Arena
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
 from ltx2_engine.ltx2_core.shapes import ClipShape
+from ltx2_engine.ltx2_core.transformer.compiled import compiled
 from ltx2_engine.ltx2_core.transformer.model import Transformer
 
 pytestmark = [
@@ -171,3 +172,16 @@ def test_a_stop_while_capturing_leaves_nothing_behind(model):
         got = bits(graphed(x, 0.7, BOTH))
         plain, _ = evaluation(model, StreamGuidance(), "split", False)
         assert all(map(torch.equal, got, bits(plain(x, 0.7, BOTH))))
+
+
+def test_compiled_blocks_are_captured_too(model):
+    with torch.no_grad():
+        plain, x = evaluation(model, StreamGuidance(), "split", False)
+        want = bits(plain(x, 0.7, BOTH))
+        with compiled(model.blocks):
+            graphed, _ = evaluation(model, StreamGuidance(), "split", True)
+            for _ in range(2):
+                got = bits(graphed(x, 0.7, BOTH))
+                for a, b in zip(got, want, strict=True):
+                    assert float((a - b).norm() / b.norm()) < 0.01
+        assert all(one is not None for one in graphed._captured.values())

@@ -1,7 +1,11 @@
 """Which implementation of attention is tried first, and that it changes nothing but last bits."""
 
+import sys
+import types
+
 import pytest
 import torch
+import torch.nn.functional as F
 from ltx2_engine.ltx2_core.transformer import attend as attend_module
 from ltx2_engine.ltx2_core.transformer.attend import IMPLEMENTATIONS, SWITCH, attend, order
 
@@ -36,9 +40,53 @@ def test_an_unknown_choice_is_refused():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    attend_module._choice.cache_clear()
+    def forget():
+        attend_module._choice.cache_clear()
+        attend_module._package.cache_clear()
+
+    forget()
     yield monkeypatch
-    attend_module._choice.cache_clear()
+    forget()
+
+
+def heads_last(q, k, v):
+    """softmax(q k^T / sqrt(D)) v of [B, T, H, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def module(name, **functions):
+    made = types.ModuleType(name)
+    vars(made).update(functions)
+    return made
+
+
+@pytest.mark.parametrize("with_sums", [False, True])
+@pytest.mark.parametrize("choice", ["sage", "fa3"])
+def test_packages_are_called_as_they_want_it(fresh, choice, with_sums):
+    """By stand-ins with the signatures of SageAttention 2 and FlashAttention 3."""
+
+    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None):
+        assert (tensor_layout, is_causal, sm_scale) == ("HND", False, None)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+        assert (softmax_scale, causal) == (None, False)
+        out = heads_last(q, k, v)
+        return (out, None) if with_sums else out
+
+    fresh.setitem(sys.modules, "sageattention", module("sageattention", sageattn=sageattn))
+    fresh.setitem(sys.modules, "flash_attn_interface", module("flash_attn_interface", flash_attn_func=flash_attn_func))
+    q, k, v = (torch.randn(2, 3, count, 64) for count in (5, 7, 7))
+    torch.testing.assert_close(attend_module._package(choice)(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_a_package_that_is_not_there_is_said_once(fresh, caplog):
+    fresh.setitem(sys.modules, "sageattention", None)
+    assert attend_module._package("sage") is None
+    assert attend_module._package("sage") is None
+    assert caplog.text.count("sageattention cannot be used") == 1
+    assert order(10, 10, masked=False, choice="sage")[0] == "cudnn"
 
 
 @pytest.mark.gpu

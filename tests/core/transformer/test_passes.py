@@ -15,7 +15,10 @@ from ltx2_engine.ltx2_core.sampling.guidance import GuidancePass, StreamGuidance
 from ltx2_engine.ltx2_core.shapes import ClipShape
 from ltx2_engine.ltx2_core.testing import assert_close
 from ltx2_engine.ltx2_core.tiny import tiny_config
+from ltx2_engine.ltx2_core.transformer.compiled import compiled
 from ltx2_engine.ltx2_core.transformer.model import Transformer
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
 CLIP = ClipShape(17, 64, 96, 24.0)
 PERTURBED = GuidancePass("perturbed", skip_video_self_attn_blocks=(1,), skip_audio_self_attn_blocks=(1,))
@@ -189,3 +192,23 @@ def test_the_mode_follows_the_choice_and_the_size():
     assert evaluation_mode("auto", 1, 300) == "split"
     assert evaluation_mode("auto", 4, 300, batched_fits=False) == "split"
     assert evaluation_mode("batched", 4, 300, batched_fits=False) == "batched", "the user's choice stands"
+
+
+def test_compiled_blocks_are_one_graph_and_the_same_function():
+    """Also behind the context, where nothing is compiled any more."""
+    model = random_model("2.3")
+    torch._dynamo.reset()
+    counters.clear()
+    counter = CompileCounter()
+    passes = (COND, UNCOND)
+    want, _ = evaluate(split_evaluate, model, passes)
+    with compiled(model.blocks, backend=counter, options=None):
+        got, _ = evaluate(split_evaluate, model, passes)
+    again, _ = evaluate(split_evaluate, model, passes)
+    assert counter.frame_count >= 1
+    assert not counters["graph_break"]
+    for one, other, last in zip(want, got, again, strict=True):
+        for stream in ("video", "audio"):
+            assert_close(stream, getattr(other, stream), getattr(one, stream), 1e-6)
+            assert torch.equal(getattr(last, stream), getattr(one, stream))
+    torch._dynamo.reset()
