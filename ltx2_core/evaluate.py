@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,13 +13,15 @@ from .av import AV
 from .conditioning.attention import attention_bias
 from .conditioning.state import LatentState
 from .graphs import Graphs, Run
+from .parallel.context import SINGLE, ParallelContext
+from .parallel.sequence import shard
 from .sampling.denoise import Evaluate
 from .sampling.guidance import GuidancePass
 from .sampling.warm_up import some_values
 from .transformer.inputs import Pass, Perturbation, StreamInput, Timesteps, plan_keeps
 from .transformer.lanes import ONE_LANE, Lanes
 from .transformer.model import Transformer
-from .transformer.rope import Rotary
+from .transformer.rope import CrossRotary, Rotary
 
 
 def batched_evaluate(
@@ -31,18 +33,19 @@ def batched_evaluate(
     check: Callable[[], None],
     *,
     graphed: bool = False,
+    parallel: ParallelContext = SINGLE,
 ) -> Evaluate:
     """An evaluation of all passes in one model call, stacked on the batch dimension, pass-major.
 
     positive, negative: text features of the prompts, [1, S, width] on the model's device and in its dtype.
     ``check`` is called before every block and may raise to stop. graphed: capture it as ``graphs.Graphs``, for weights that
-    stay where they are.
+    stay where they are. parallel: the ranks that evaluate it together, each of which is given and returns all tokens.
 
     Nothing in the returned function waits for the device: levels, masks and tables are built now.
     """
     prompts = _project(model, states, positive, negative)
     contexts = states.map(lambda _, *both: torch.cat([both[one.negative] for one in passes]), *prompts)
-    templates = _templates(model, states, contexts, len(passes))
+    templates = _templates(model, states, contexts, len(passes), parallel)
     first = next(states.present())
     perturbations = [_perturbation(one) for one in passes for _ in range(first.latent.shape[0])]
     keeps = plan_keeps(perturbations, model.config.num_layers, first.latent.device, first.latent.dtype)
@@ -70,13 +73,14 @@ def split_evaluate(
     *,
     graphed: bool = False,
     share_prefixes: bool = True,
+    parallel: ParallelContext = SINGLE,
 ) -> Evaluate:
     """An evaluation of one pass at a time, block after block over all passes; arguments as above.
 
     A pass's flags are plain Python: what it skips is not computed, and what passes have in common is computed once.
     """
     prompts = _project(model, states, positive, negative)
-    templates = [_templates(model, states, prompt, 1) for prompt in prompts]
+    templates = [_templates(model, states, prompt, 1, parallel) for prompt in prompts]
     perturbations = [_perturbation(one) for one in passes]
     first = next(states.present()).latent
     if runs_fused(first.device):
@@ -122,38 +126,50 @@ def _project(
     return first, second
 
 
-def _templates(model: Transformer, states: AV[LatentState], contexts: AV[Tensor], copies: int) -> AV[_Template]:
+def _templates(
+    model: Transformer, states: AV[LatentState], contexts: AV[Tensor], copies: int, parallel: ParallelContext
+) -> AV[_Template]:
     tables = model.rotary_tables(states.map(lambda state: state.positions))
-    return states.map(lambda state, context, tables: _Template(state, context, tables, copies), contexts, tables)
+    inputs = states.map(lambda state, context, tables: _input(state, context, tables, copies), contexts, tables)
+    return shard(inputs, parallel).map(lambda one: _Template(one, copies))
 
 
+def _input(state: LatentState, context: Tensor, tables: tuple[Rotary, CrossRotary], copies: int) -> StreamInput:
+    """A stream's input at noise level 1."""
+    batch = state.latent.shape[0] * copies
+    # only a few mask values are distinct; finding them waits for the device, so it happens here and not in a step
+    levels, index = state.mask[..., 0].unique(return_inverse=True)
+    # a stream that is held fixed is at level 0 for the modules that see one level a stream
+    own = levels.new_full((batch,), 0.0 if state.frozen else 1.0)
+    bias = attention_bias(state, state.latent.dtype)
+    return StreamInput(
+        latent=state.latent,
+        timesteps=Timesteps(levels.expand(batch, -1), None if len(levels) == 1 else index.repeat(copies, 1), own),
+        context=context,
+        rotary=tables[0],
+        cross_rotary=tables[1],
+        attention_bias=None if bias is None else bias.repeat(copies, 1, 1, 1),
+        keyframes_mask=state.keyframes_mask,
+    )
+
+
+@dataclass(frozen=True)
 class _Template:
-    """A stream's input with everything but the tokens and the noise level filled in."""
+    """A stream's input at noise level 1 with everything but the tokens filled in, for so many copies of these."""
 
-    def __init__(self, state: LatentState, context: Tensor, tables: tuple[Rotary, Rotary], copies: int):
-        self.copies = copies
-        batch = state.latent.shape[0] * copies
-        # only a few mask values are distinct; finding them waits for the device, so it happens here and not in a step
-        levels, index = state.mask[..., 0].unique(return_inverse=True)
-        self.levels = levels.expand(batch, -1)
-        # a stream that is held fixed is at level 0 for the modules that see one level a stream
-        self.own = levels.new_full((batch,), 0.0 if state.frozen else 1.0)
-        bias = attention_bias(state, state.latent.dtype)
-        self.input = StreamInput(
-            latent=state.latent,
-            timesteps=Timesteps(self.levels, None if len(levels) == 1 else index.repeat(copies, 1), self.own),
-            context=context,
-            rotary=tables[0],
-            cross_rotary=tables[1],
-            attention_bias=None if bias is None else bias.repeat(copies, 1, 1, 1),
-            keyframes_mask=state.keyframes_mask,
-        )
+    input: StreamInput
+    copies: int
 
     def trial(self) -> StreamInput:
         """Tokens of no meaning at some level, to try kernels on."""
-        return self.at(some_values(self.input.latent), 0.5, True)
+        return self._with(some_values(self.input.latent), 0.5, True)
 
     def at(self, x: Tensor, sigma: float | Tensor, enabled: bool) -> StreamInput:
-        times = Timesteps(self.levels * sigma, self.input.timesteps.index, self.own * sigma)
+        """The input for all tokens x [B, T, C], or, split over ranks, for this one's share of them."""
+        return self._with(self.input.split.take(x, 1), sigma, enabled)
+
+    def _with(self, x: Tensor, sigma: float | Tensor, enabled: bool) -> StreamInput:
+        times = self.input.timesteps
+        times = Timesteps(times.rows * sigma, times.index, times.sigma * sigma)
         tokens = x if self.copies == 1 else x.repeat(self.copies, 1, 1)
         return replace(self.input, latent=tokens, timesteps=times, enabled=enabled)

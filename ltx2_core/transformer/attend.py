@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ...kernels import wide
+
 log = logging.getLogger("ltx2.engine")
 
 # in the environment: auto, or the name of an implementation that is tried first for every attention, or of a package
@@ -45,6 +47,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
             return package(q, k, v)
     with _implementation(q, k, bias):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def attend_part(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to some of the keys that there are, and what it takes to join it with that to others.
+
+    q: [B, H, Tq, D]; k, v: [B, H, Tk, D]. Returns the result [B, H, Tq, D] and the log-sum-exp of the scaled scores
+    [B, H, Tq] in float32, or float64 for float64. No keys: zeros and -inf, from no kernel, since those fail or return NaN.
+    """
+    if k.shape[2] == 0:
+        return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=wide(q[:0]).dtype)
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        out, sums = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    elif q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        # many keys for few queries: see _SPLIT_KEYS
+        out, sums = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    elif q.is_cuda and q.dtype == torch.float32:
+        out, sums = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+    else:
+        scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+        out, sums = scores.softmax(3) @ v, wide(scores).logsumexp(3)
+    # some kernels fill up the queries
+    return out, sums[:, :, : q.shape[2]]
 
 
 def order(num_queries: int, num_keys: int, *, masked: bool, choice: str = "auto") -> tuple[str, ...]:

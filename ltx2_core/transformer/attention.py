@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import head_gate, norm_rotary, qk_norm_rotary
-from .attend import attend
+from ..parallel.context import WHOLE, Split
+from .heads import KeysValues, SplitKeysValues, attend_among, attend_given
 from .projections import Tokens, apply, for_linear, project, reads_rows
-from .rope import Rotary
+from .rope import CrossRotary, Rotary
 
 # Whether an attention is computed: for all samples, for none, or per sample ([B, 1, 1], 1 = computed).
 Keep = bool | Tensor
-
-
-@dataclass(frozen=True)
-class KeysValues:
-    """What queries attend to: normed and rotated keys, and values, each [B, S, heads * head_dim]."""
-
-    keys: Tensor
-    values: Tensor
 
 
 class Attention(nn.Module):
@@ -60,20 +51,22 @@ class Attention(nn.Module):
         """Whether queries are computed from tokens in eight bits."""
         return reads_rows(self.to_q)
 
-    def attend_self(self, x: Tokens, rotary: Rotary, *, bias: Tensor | None = None, keep: Keep = True) -> Tensor:
+    def attend_self(
+        self, x: Tokens, rotary: Rotary, *, bias: Tensor | None = None, keep: Keep = True, split: Split = WHOLE
+    ) -> Tensor:
         """Attention among tokens [B, T, query_dim]; returns the same shape.
 
         bias: additive, broadcastable to [B, H, T, T]. keep: where False, the value projection passes in place of the
-        attention.
+        attention. split: of the tokens, of which x and rotary are this rank's share; the bias is that of all.
         """
-        return self._output(apply(self.to_v, x) if keep is False else self._among(x, rotary, bias, keep), x)
+        return self._output(apply(self.to_v, x) if keep is False else self._among(x, rotary, bias, keep, split), x)
 
-    def _among(self, x: Tokens, rotary: Rotary, bias: Tensor | None, keep: Tensor | bool) -> Tensor:
+    def _among(self, x: Tokens, rotary: Rotary, bias: Tensor | None, keep: Tensor | bool, split: Split) -> Tensor:
         """Self attention before gates and output, [B, T, heads * head_dim]. What it makes goes when it returns."""
         q, k, values = project(x, (self.to_q, self.to_k, self.to_v))
         weights = self.q_norm.weight, self.k_norm.weight
         q, k = qk_norm_rotary(q, k, *weights, rotary.cos, rotary.sin, self.eps, fast=self.fast)
-        out = self._softmax(q, KeysValues(k, values), bias)
+        out = attend_among(q, k, values, self.heads, bias, split)
         del q, k
         return out.mul_(keep).add_(values * (1 - keep)) if isinstance(keep, Tensor) else out
 
@@ -82,6 +75,12 @@ class Attention(nn.Module):
         k, values = project(context, (self.to_k, self.to_v))
         return KeysValues(self._normed(k, self.k_norm, rotary), values)
 
+    def keys_values_across(self, context: Tokens, rotary: CrossRotary, split: Split) -> KeysValues:
+        """The same of tokens that may be split over ranks, of which ``context`` is this rank's share."""
+        late = rotary.full if split.size > 1 and split.context.v2a == "heads_late" else None
+        here = self.keys_values(context, None if late else rotary.local)
+        return here if split.size == 1 else SplitKeysValues(here.keys, here.values, split, late)
+
     def attend_to(
         self, context: KeysValues, x: Tokens, rotary: Rotary | None = None, *, bias: Tensor | None = None
     ) -> Tensor:
@@ -89,16 +88,13 @@ class Attention(nn.Module):
 
         bias: additive, broadcastable to [B, H, T, S].
         """
-        return self._output(self._softmax(self._normed(apply(self.to_q, x), self.q_norm, rotary), context, bias), x)
+        out = attend_given(self._normed(apply(self.to_q, x), self.q_norm, rotary), context, self.heads, bias)
+        return self._output(out, x)
 
     def _normed(self, x: Tensor, norm: nn.RMSNorm, rotary: Rotary | None) -> Tensor:
         if rotary is None:
             return F.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
         return norm_rotary(x, norm.weight, rotary.cos, rotary.sin, self.eps, fast=self.fast)
-
-    def _softmax(self, q: Tensor, context: KeysValues, bias: Tensor | None) -> Tensor:
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, context.keys, context.values))
-        return attend(q, k, v, bias).transpose(1, 2).flatten(2)
 
     def _output(self, out: Tensor, x: Tokens) -> Tensor:
         """Head gates and output projection. out: [B, T, heads * head_dim]; x: the tokens that the gates are read from."""

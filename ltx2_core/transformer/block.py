@@ -14,7 +14,8 @@ from ...kernels import Rows, gelu_linear, gelu_quantize, residual_norm_modulate
 from ..av import AV
 from ..config.transformer import StreamConfig, TransformerConfig
 from .adaln import Modulation
-from .attention import Attention, Keep, KeysValues
+from .attention import Attention, Keep
+from .heads import KeysValues
 from .inputs import BlockKeep, StreamInput
 from .lanes import ONE_LANE, Lanes
 from .projections import Tokens, apply, for_linear, reads_rows
@@ -168,7 +169,7 @@ class StreamBlock(nn.Module):
         # tokens and branches by turns, in one name: each goes when the next is there
         h: Any
         _, (h,) = self.add(x, ways=[_way(modulation, SELF_ROWS)], quantize=self.attn1.reads_rows)
-        h = self.attn1.attend_self(h, inputs.rotary, bias=inputs.attention_bias, keep=keep)
+        h = self.attn1.attend_self(h, inputs.rotary, bias=inputs.attention_bias, keep=keep, split=inputs.split)
         into_text = _way(modulation, TEXT_ROWS) if text_is_modulated else None
         x, (h,) = self.add(x, h, modulation.row(SELF_ROWS[2]), ways=[into_text], quantize=self.attn2.reads_rows)
         h = self.attn2.attend_to(text, h, bias=inputs.context_bias)
@@ -182,7 +183,7 @@ class StreamBlock(nn.Module):
 
         query: tokens of this stream, modulated for this direction. given: what the other stream gives.
         """
-        h: Any = self.cross_attn.attend_to(given, query, own.inputs.cross_rotary)
+        h: Any = self.cross_attn.attend_to(given, query, own.inputs.cross_rotary.local)
         mask = keep if isinstance(keep, Tensor) else None
         x, (h,) = self.add(x, h, self.cross_gate(own), mask, ways=[way], quantize=self.ff.reads_rows)
         return x, h
@@ -301,7 +302,8 @@ class AVBlock(nn.Module):
         read: dict[str, Any] = dict(zip(ways, modulated, strict=True))
         del modulated
         if gives:
-            read["given"] = other.cross_attn.keys_values(read["given"], state.inputs.cross_rotary)
+            inputs = state.inputs
+            read["given"] = other.cross_attn.keys_values_across(read["given"], inputs.cross_rotary, inputs.split)
         return _Read(x, **read)
 
     @staticmethod

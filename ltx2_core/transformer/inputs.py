@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..av import AV
+from ..parallel.context import WHOLE, Split
 from .attention import Keep
-from .rope import Rotary
+from .rope import CrossRotary, Rotary
 
 
 @dataclass(frozen=True)
@@ -40,31 +41,36 @@ class StreamInput:
     attention_bias: additive, broadcastable to [B, H, T, T]; context_bias: additive, to [B, H, T, S].
     keyframes_mask: [B, T, 1], nonzero on tokens of a latent frame that encodes one pixel frame.
     enabled: False leaves this stream's tokens as they are; the other stream still reads them.
+    split: how the stream lies on ranks (``parallel/sequence.py``); T is a rank's share then, but in ``attention_bias``.
     """
 
     latent: Tensor
     timesteps: Timesteps
     context: Tensor
     rotary: Rotary
-    cross_rotary: Rotary
+    cross_rotary: CrossRotary
     attention_bias: Tensor | None = None
     context_bias: Tensor | None = None
     keyframes_mask: Tensor | None = None
     enabled: bool = True
+    split: Split = WHOLE
 
     def first(self, tokens: int) -> StreamInput:
-        """The first ``tokens`` tokens, which attend to each other and to as many of the text."""
+        """The first ``tokens`` tokens that are here, which attend to each other and to as many of the text."""
         bias, text_bias, marks = self.attention_bias, self.context_bias, self.keyframes_mask
+        latent = self.latent[:, :tokens]
+        here = latent.shape[1]
         return replace(
             self,
-            latent=self.latent[:, :tokens],
+            latent=latent,
             timesteps=self.timesteps.first(tokens),
             context=self.context[:, :tokens],
             rotary=self.rotary.first(tokens),
             cross_rotary=self.cross_rotary.first(tokens),
-            attention_bias=None if bias is None else bias[..., :tokens, :tokens],
+            attention_bias=None if bias is None else bias[..., :here, :here],
             context_bias=None if text_bias is None else text_bias[..., :tokens, :tokens],
             keyframes_mask=None if marks is None else marks[:, :tokens],
+            split=WHOLE,
         )
 
 

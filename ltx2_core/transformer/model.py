@@ -15,7 +15,7 @@ from ..config.transformer import StreamConfig, TransformerConfig
 from .block import AVBlock, StreamState, Texts
 from .inputs import BlockKeep, Pass, Perturbation, StreamInput, plan_keeps
 from .lanes import ONE_LANE, Lanes
-from .rope import Rotary, rotary_table
+from .rope import CrossRotary, Rotary, rotary_table
 from .stream import Stream
 
 # enough for a kernel to show whether it is right
@@ -66,7 +66,7 @@ class Transformer(nn.Module):
         on_block: Callable[[], None] | None = None,
         lanes: Lanes = ONE_LANE,
     ) -> AV[Tensor]:
-        """Return the velocity [B, T, C] of each stream that is there.
+        """Return the velocity [B, T, C] of each stream that is there, of all tokens also where inputs are a rank's share.
 
         The four flags hold for every sample of the call (split passes); ``keeps`` from ``plan_keeps`` describes
         samples that differ (batched passes) and excludes the flags. ``on_block`` is called before every block and may
@@ -151,7 +151,7 @@ class Transformer(nn.Module):
 
     def _finish(self, walk: _Walk) -> AV[Tensor]:
         return walk.x.map(
-            lambda x, stream, state, embedded: stream.predict(x, state.inputs, embedded),
+            lambda x, stream, state, embedded: state.inputs.split.gather(stream.predict(x, state.inputs, embedded)),
             self.streams,
             walk.state,
             walk.embedded,
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         """Text features of a prompt to the contexts that the streams attend to; once per prompt."""
         return features.map(lambda f, stream: stream.project_context(f), self.streams)
 
-    def rotary_tables(self, positions: AV[Tensor]) -> AV[tuple[Rotary, Rotary]]:
+    def rotary_tables(self, positions: AV[Tensor]) -> AV[tuple[Rotary, CrossRotary]]:
         """Tables of self attention and of audio-video attention for tokens at these positions.
 
         positions: [B, 3, T, 2] (seconds, px, px) and [B, 1, T, 2] (seconds), float32 bounds.
@@ -175,10 +175,10 @@ class Transformer(nn.Module):
             dtype=self.video.patchify_proj.weight.dtype,
         )
 
-        def tables(positions: Tensor, own: StreamConfig) -> tuple[Rotary, Rotary]:
+        def tables(positions: Tensor, own: StreamConfig) -> tuple[Rotary, CrossRotary]:
             return (
                 build(positions, dim=own.dim, heads=own.heads, max_pos=own.max_pos),
-                build(positions[:, :1], dim=config.cross_dim, heads=own.heads, max_pos=(longest,)),
+                CrossRotary.whole(build(positions[:, :1], dim=config.cross_dim, heads=own.heads, max_pos=(longest,))),
             )
 
         return positions.map(tables, config.streams)

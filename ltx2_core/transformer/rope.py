@@ -26,6 +26,25 @@ class Rotary:
         return Rotary(self.cos[:, :, :tokens], self.sin[:, :, :tokens])
 
 
+@dataclass(frozen=True)
+class CrossRotary:
+    """Tables of audio-video attention, made once of the same positions, so that no rank asks another for them.
+
+    local: of the tokens that this rank has. full: of all tokens of the stream. Without a split both are one object.
+    """
+
+    local: Rotary
+    full: Rotary
+
+    @classmethod
+    def whole(cls, table: Rotary) -> CrossRotary:
+        return cls(table, table)
+
+    def first(self, tokens: int) -> CrossRotary:
+        """Those of the first ``tokens`` tokens."""
+        return CrossRotary.whole(self.local.first(tokens))
+
+
 def rotary_table(
     positions: Tensor,
     *,

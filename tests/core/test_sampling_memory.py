@@ -24,7 +24,7 @@ from ltx2_engine.ltx2_core.sampling.samplers import SAMPLERS
 from ltx2_engine.ltx2_core.sampling_memory import sampling_work_bytes
 from ltx2_engine.ltx2_core.shapes import ClipShape
 from ltx2_engine.ltx2_core.testing import LiveBytes
-from ltx2_engine.ltx2_core.transformer import attention
+from ltx2_engine.ltx2_core.transformer import attention, heads
 from ltx2_engine.ltx2_core.transformer.inputs import Pass, Perturbation, StreamInput, Timesteps
 from ltx2_engine.ltx2_core.transformer.model import Transformer
 
@@ -153,7 +153,7 @@ def on_gpu(monkeypatch):
             bias = torch.nn.functional.pad(bias, (0, -bias.shape[-1] % 8))
         return torch.empty_like(q)
 
-    monkeypatch.setattr(attention, "attend", attend)
+    monkeypatch.setattr(heads, "attend", attend)
     monkeypatch.setattr(attention, "project", project)
 
 

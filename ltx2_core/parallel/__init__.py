@@ -1,0 +1,1 @@
+"""One video on several devices: what is split between ranks, and how they talk."""
