@@ -9,7 +9,7 @@ from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning import state as tokens
 from ltx2_engine.ltx2_core.config.transformer import TransformerConfig
 from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
-from ltx2_engine.ltx2_core.parallel.context import SINGLE, V2A_MODES, WHOLE, Split
+from ltx2_engine.ltx2_core.parallel.context import SINGLE, WHOLE, Split
 from ltx2_engine.ltx2_core.sampling.guidance import GuidancePass
 from ltx2_engine.ltx2_core.shapes import ClipShape
 from ltx2_engine.ltx2_core.tiny import tiny_config
@@ -26,7 +26,13 @@ HEADS, HEAD_DIM = 4, 8
 
 # a build of the model that gathers the tables in every block
 GATHERED = "gathered"
-BUILDS = (*V2A_MODES, GATHERED)
+# those that differ only in where keys are rotated and where the tables come from, and the cases that tell them apart
+ROTATIONS = ("heads", "heads_late", GATHERED)
+ROTATED = ("uneven", "an empty share", "user masks")
+
+
+CLIP = ClipShape(17, 64, 128, 24.0)  # 3 x 2 x 4 tokens
+BOTH = AV(True, True)
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Case:
     """One evaluation. appended: conditioning tokens behind the clip's. weighted: attention weights of the user's masks."""
 
     label: str = "2.3"
-    clip: ClipShape = ClipShape(17, 64, 128, 24.0)  # 3 x 2 x 4 tokens
+    clip: ClipShape = CLIP
     audio: int = 18
     batch: int = 1
     appended: int = 0
@@ -42,7 +48,7 @@ class Case:
     kept: bool = True
     passes: tuple[GuidancePass, ...] = (COND,)
     mode: str = "split"
-    enabled: AV = AV(True, True)
+    enabled: AV = BOTH
 
 
 CASES = {
@@ -179,11 +185,17 @@ def build(name, context):
     return gathering() if late else contextlib.nullcontext(), replace(context, v2a="heads_late" if late else name)
 
 
+def builds_of(name, size):
+    if size == 1:
+        return ("partial",)
+    return "partial", *(ROTATIONS if name in ROTATED else ROTATIONS[:1])
+
+
 def evaluations(context):
     models = {label: model_of(label) for label in {case.label for case in CASES.values()}}
     results = {}
     for name, case in CASES.items():
-        for how in BUILDS if context.size > 1 else BUILDS[:1]:
+        for how in builds_of(name, context.size):
             patched, own = build(how, context)
             with patched:
                 velocities = evaluate(models[case.label], case, own)

@@ -4,10 +4,9 @@ import pytest
 import torch
 from ltx2_engine.ltx2_core.testing import assert_close, relative_error
 
-from .cases import ATTENTIONS, CASES, DTYPES, GATHERED
+from .cases import ATTENTIONS, CASES, DTYPES, ROTATED, ROTATIONS
 
 SIZES = (2, 4)
-EXACT = ("heads", "heads_late", GATHERED)
 # of the merged parts, against keys in one piece
 MERGED = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 2**-7}
 
@@ -60,11 +59,11 @@ def test_all_ranks_get_the_same_bits(ranks, size):
 
 def test_keys_may_be_rotated_before_or_behind_the_exchange_and_tables_gathered_or_kept(ranks, size):
     results = ranks[size][0]
-    names = [name for name in results if "/heads/" in name and not name.startswith("given/")]
-    assert len(names) >= 2 * len(CASES)
-    for name in names:
-        for how in EXACT[1:]:
-            assert torch.equal(results[name], results[name.replace("/heads/", f"/{how}/")]), (name, how)
+    for name in ROTATED:
+        for part in CASES[name].passes:
+            for stream in ("video", "audio"):
+                first, *others = (results[f"{name}/{how}/{part.name}/{stream}"] for how in ROTATIONS)
+                assert all(torch.equal(first, other) for other in others), (name, stream)
 
 
 def test_what_is_off_by_a_token_is_noticed(ranks):
