@@ -14,6 +14,7 @@ from .conditioning.attention import attention_bias
 from .conditioning.state import LatentState
 from .graphs import Graphs, Run
 from .parallel.context import SINGLE, ParallelContext
+from .parallel.groups import ONE_GROUP, PassGroups
 from .parallel.sequence import shard
 from .sampling.denoise import Evaluate
 from .sampling.guidance import GuidancePass
@@ -97,6 +98,35 @@ def split_evaluate(
         return model.run_passes(chosen, share_prefixes=share_prefixes, on_block=on_block, lanes=lanes)
 
     return _evaluation(run, check, first.device, graphed)
+
+
+def grouped_evaluate(
+    model: Transformer,
+    states: AV[LatentState],
+    passes: Sequence[GuidancePass],
+    positive: AV[Tensor],
+    negative: AV[Tensor] | None,
+    check: Callable[[], None],
+    *,
+    graphed: bool = False,
+    parallel: ParallelContext = SINGLE,
+    groups: PassGroups = ONE_GROUP,
+) -> Evaluate:
+    """``split_evaluate`` of this group's passes, and the predictions of all of them on every rank.
+
+    parallel: the ranks of this group. The bits are those of one group of as many ranks.
+    """
+    own = groups.of(passes)
+    run = (
+        split_evaluate(model, states, own, positive, negative, check, graphed=graphed, parallel=parallel)
+        if own
+        else None
+    )
+
+    def evaluate(x: AV[Tensor], sigma: float, enabled: AV[bool]) -> Sequence[AV[Tensor]]:
+        return groups.gather([] if run is None else run(x, sigma, enabled), len(passes), x)
+
+    return evaluate
 
 
 EVALUATIONS = {"split": split_evaluate, "batched": batched_evaluate}

@@ -32,8 +32,9 @@ MAY_IMPORT = {
     "ltx2_core.conditioning": BASE | {"ltx2_core.media"},
     "ltx2_core.loading": BASE | {"kernels"},
     "ltx2_core.media": BASE,
-    "ltx2_core.parallel.collectives": BASE,
+    "ltx2_core.parallel.collectives": BASE | {f"ltx2_core.parallel.{name}" for name in ("context", "groups")},
     "ltx2_core.parallel.context": BASE,
+    "ltx2_core.parallel.groups": BASE | {"ltx2_core.parallel.context"},
     "ltx2_core.parallel.sequence": BASE
     | {f"ltx2_core.{name}" for name in ("parallel.context", "transformer.inputs", "transformer.rope")},
     "ltx2_core.sampling": BASE | {"kernels", "ltx2_core.conditioning.state"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +9,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .context import ParallelContext
+from .groups import PassGroups, Topology
 
 # two names of one function, of which the older warns where there is the newer
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -51,8 +53,16 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def subgroups(members: Sequence[Sequence[int]], rank: int) -> GroupCollectives:
-    """Those among the ranks that are listed with this one. All ranks call it with the same lists, which share none."""
-    groups = [dist.new_group(list(ranks)) for ranks in members]
-    (own,) = [group for group, ranks in zip(groups, members, strict=True) if rank in ranks]
-    return GroupCollectives(own)
+def connect(rank: int, topology: Topology) -> tuple[ParallelContext, PassGroups]:
+    """Where a rank stands in both kinds of groups. All ranks call it, for the same topologies in the same order."""
+    group, place = divmod(rank, topology.ulysses)
+    within, across = ([_group(ranks) for ranks in members] for members in (topology.within, topology.across))
+    return (
+        ParallelContext(place, topology.ulysses, within[group]),
+        PassGroups(group, topology.groups, across[place]),
+    )
+
+
+def _group(ranks: tuple[int, ...]) -> GroupCollectives | None:
+    """None for a rank by itself, which exchanges nothing."""
+    return GroupCollectives(dist.new_group(list(ranks))) if len(ranks) > 1 else None

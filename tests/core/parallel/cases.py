@@ -8,9 +8,11 @@ import torch
 from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning import state as tokens
 from ltx2_engine.ltx2_core.config.transformer import TransformerConfig
-from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
+from ltx2_engine.ltx2_core.evaluate import EVALUATIONS, grouped_evaluate
 from ltx2_engine.ltx2_core.parallel.context import SINGLE, WHOLE, Split
-from ltx2_engine.ltx2_core.sampling.guidance import GuidancePass
+from ltx2_engine.ltx2_core.parallel.groups import ONE_GROUP
+from ltx2_engine.ltx2_core.sampling.denoise import Denoiser
+from ltx2_engine.ltx2_core.sampling.guidance import GuidancePass, StreamGuidance, plan_passes
 from ltx2_engine.ltx2_core.shapes import ClipShape
 from ltx2_engine.ltx2_core.tiny import tiny_config
 from ltx2_engine.ltx2_core.transformer.attention import Attention
@@ -202,4 +204,31 @@ def evaluations(context):
             for one, velocity in zip(case.passes, velocities, strict=True):
                 results |= {f"{name}/{how}/{one.name}/video": velocity.video}
                 results |= {f"{name}/{how}/{one.name}/audio": velocity.audio}
+    return results
+
+
+# guidance over groups of ranks -----------------------------------------------------------------------------------------
+
+# number of passes -> strengths that need so many
+STRENGTHS = {
+    1: StreamGuidance(),
+    2: StreamGuidance(cfg=3.0),
+    3: StreamGuidance(cfg=3.0, stg=1.0, stg_blocks=(1,)),
+    4: StreamGuidance(cfg=3.0, stg=1.0, stg_blocks=(1,), modality=3.0, rescale=0.7),
+}
+GUIDED = Case(appended=5)
+
+
+def guided(context=SINGLE, groups=ONE_GROUP):
+    """The guided estimate of the clean tokens, by number of passes and stream."""
+    model = model_of("2.3")
+    states, prompts, x = setting(GUIDED, model.config)
+    results = {}
+    for count, strength in STRENGTHS.items():
+        guidance = AV(strength, strength)
+        passes = plan_passes(guidance)
+        assert len(passes) == count
+        run = grouped_evaluate(model, states, passes, *prompts, lambda: None, parallel=context, groups=groups)
+        x0 = Denoiser(run, states, passes, guidance)(x, 0.7, step=0)
+        results |= {f"{count} passes/video": x0.video, f"{count} passes/audio": x0.audio}
     return results

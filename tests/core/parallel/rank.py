@@ -19,8 +19,9 @@ def main(rank: int, size: int, folder: Path) -> None:
 
     import cases
     import torch
-    from ltx2_engine.ltx2_core.parallel.collectives import GroupCollectives, join, leave
+    from ltx2_engine.ltx2_core.parallel.collectives import GroupCollectives, connect, join, leave
     from ltx2_engine.ltx2_core.parallel.context import SINGLE, ParallelContext
+    from ltx2_engine.ltx2_core.parallel.groups import Topology
     from safetensors.torch import save_file
 
     torch.set_num_threads(1)
@@ -32,6 +33,10 @@ def main(rank: int, size: int, folder: Path) -> None:
         if size > 1:
             at_the_end.callback(leave)
         results = cases.attentions(context) | cases.evaluations(context)
+        for groups in (count for count in range(1, size + 1) if size % count == 0):
+            topology = Topology(groups, size // groups)
+            guided = cases.guided(*connect(rank, topology))
+            results |= {f"guided/{groups}x{topology.ulysses}/{name}": value for name, value in guided.items()}
     # contiguous copies, each in memory of its own
     save_file({name: value.clone().contiguous() for name, value in results.items()}, folder / f"{size}-{rank}")
 
