@@ -54,6 +54,7 @@ def attend_part(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     q: [B, H, Tq, D]; k, v: [B, H, Tk, D]. Returns the result [B, H, Tq, D] and the log-sum-exp of the scaled scores
     [B, H, Tq] in float32, or float64 for float64. No keys: zeros and -inf, from no kernel, since those fail or return NaN.
+    The user's choice of an implementation does not matter here: few return the sums.
     """
     if k.shape[2] == 0:
         return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=wide(q[:0]).dtype)
