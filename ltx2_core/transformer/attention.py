@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,10 +103,10 @@ class Attention(nn.Module):
 
     def _output(self, out: Tensor, x: Tokens) -> Tensor:
         """Head gates and output projection. out: [B, T, heads * head_dim]; x: the tokens that the gates are read from."""
-        linear = self.to_out[0]
+        linear: Any = self.to_out[0]
         if self.to_gate_logits is None:
             return apply(linear, for_linear(out, linear))
         logits = self.to_gate_logits(x.plain)
         if reads_rows(linear):
-            return apply(linear, Tokens(*head_gate(out, logits, fast=self.fast, quantize=True)))
+            return linear.of_rows(head_gate(out, logits, fast=self.fast, quantize=True), out.dtype)
         return linear(head_gate(out, logits, fast=self.fast))
