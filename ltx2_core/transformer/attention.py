@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import head_gate, norm_rotary, qk_norm_rotary
+from ...kernels import head_gate, norm_rotary, qk_norm_rotary, rms_norm
 from .attend import attend
 from .projections import Tokens, apply, for_linear, project, reads_rows
 from .rope import Rotary
@@ -94,7 +93,7 @@ class Attention(nn.Module):
 
     def _normed(self, x: Tensor, norm: nn.RMSNorm, rotary: Rotary | None) -> Tensor:
         if rotary is None:
-            return F.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
+            return rms_norm(x, norm.weight, self.eps)
         return norm_rotary(x, norm.weight, rotary.cos, rotary.sin, self.eps, fast=self.fast)
 
     def _softmax(self, q: Tensor, context: KeysValues, bias: Tensor | None) -> Tensor:
