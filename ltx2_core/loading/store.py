@@ -26,13 +26,13 @@ from ...kernels.packed import REPACKABLE, repack, unpack
 from .build import Source, check, sources_of
 from .changes import NO_CHANGES, Adapters, Changes, changes_by_parameter
 from .checkpoint import Checkpoint, TensorInfo
-from .collector import collector_paused
 from .linear import LowRank, PackedLinear, put
 from .lora.delta import add_deltas, factors
 from .lora.finite import FiniteCheck
 from .pristine import Pristine, Touched
 from .slot import BASE, Slot, State, Value, quantized, slots_of
 from .staged import Request, Room, read_staged
+from .while_loading import while_loading
 
 log = logging.getLogger("ltx2.loading")
 
@@ -189,7 +189,7 @@ class WeightStore:
         for _ in read_staged(requests, device="cpu", allocate=place, stopped=stopped):
             pass
 
-    @collector_paused
+    @while_loading
     def converge(
         self,
         wanted: Callable[[], Adapters],
