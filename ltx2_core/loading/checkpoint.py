@@ -58,6 +58,9 @@ _DTYPES = {
     "BOOL": ("bool", 1),
 }
 
+# those that this torch has
+_TORCH_DTYPES = {name: getattr(torch, known) for name, (known, _) in _DTYPES.items() if hasattr(torch, known)}
+
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 _AGAIN = "download it again"
@@ -88,12 +91,12 @@ class TensorInfo:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype that the tensor has when it is read: uint8 for blocks and for types that this torch lacks."""
-        return getattr(torch, _DTYPES.get(self.dtype, ("uint8",))[0], torch.uint8)
+        return _TORCH_DTYPES.get(self.dtype, torch.uint8)
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
         """The shape that the tensor has when it is read: (size in bytes,) for blocks and for types that torch lacks."""
-        return self.shape if hasattr(torch, _DTYPES.get(self.dtype, ("",))[0]) else (self.size_bytes,)
+        return self.shape if self.dtype in _TORCH_DTYPES else (self.size_bytes,)
 
 
 @dataclass(frozen=True, eq=False)
