@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ class Arena:
             self._pinned.close()
 
 
-def _named(module: nn.Module) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor]]:
+def _named(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     """(where its owner has it, name, tensor) of every tensor, in the order in which they lie; shared ones come several
     times."""
     owners = list(module.modules())
