@@ -161,7 +161,7 @@ class _Output(nn.Module):
     def __init__(self, linear: nn.Linear, shared: SharedModel, share: slice) -> None:
         super().__init__()
         self.shared_model = shared
-        self.weight = _parameter(linear.weight[:, share])
+        self.weight = _part(linear.weight, columns=share)
 
     def forward(self, heads: Tensor) -> Tensor:
         shared, partial = self.shared_model, F.linear(heads, self.weight)
@@ -183,8 +183,8 @@ class _FeedForward(nn.Module):
         kept = slice(None) if keeps_all else share
         self.share = share if keeps_all else slice(None)
         self.act_fn = mlp.act_fn
-        self.gate, self.up = _parameter(mlp.gate_proj.weight[kept]), _parameter(mlp.up_proj.weight[kept])
-        self.down = _parameter(mlp.down_proj.weight[:, kept])
+        self.gate, self.up = _part(mlp.gate_proj.weight, kept), _part(mlp.up_proj.weight, kept)
+        self.down = _part(mlp.down_proj.weight, columns=kept)
 
     def forward(self, x: Tensor) -> Tensor:
         shared = self.shared_model
@@ -214,10 +214,13 @@ class _Scores(nn.Module):
 
 
 def _keep(linear: nn.Linear, rows: slice) -> None:
-    linear.weight = _parameter(linear.weight[rows])
+    linear.weight = _part(linear.weight, rows)
     linear.out_features = linear.weight.shape[0]
 
 
-def _parameter(part: Tensor) -> nn.Parameter:
-    # a part of its own, so that the rest can go
-    return nn.Parameter(part.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
+def _part(weight: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> nn.Parameter:
+    part = weight.detach()[rows, columns]
+    # a copy lets the rest of the weight go
+    return nn.Parameter(
+        part if part.shape == weight.shape else part.clone(memory_format=torch.contiguous_format), requires_grad=False
+    )

@@ -29,7 +29,9 @@ class Traffic:
 def traffic(
     decoder: Decoder, topology: Topology, length: int, *, batch: int = 1, weight_bytes: int = 2, cache_bytes: int = 2
 ) -> Traffic:
-    """length: positions that the sequences have; weight_bytes, cache_bytes: of one value. Norms are left out.
+    """What one rank reads and sends, with the feed-forward split by weights; norms are left out.
+
+    length: positions that the sequences have; weight_bytes, cache_bytes: of one value.
 
     Raises ValueError when the topology does not fit the decoder.
     """
@@ -61,6 +63,16 @@ def choose(decoder: Decoder, ranks: int, length: int, *, batch: int = 1, choice:
 def kind_of(topology: Topology) -> str:
     """The name that chooses topologies like this one."""
     return "helix" if topology.context > 1 else "tensor" if topology.tensor > 1 else "single"
+
+
+def describe(decoder: Decoder, topology: Topology, length: int) -> str:
+    """One line for the log: what a topology reads a token, beside one GPU."""
+
+    def read(topology: Topology) -> str:
+        count = traffic(decoder, topology, length)
+        return f"{count.weights / 1e9:.2f} GB of weights and {count.cache / 1e9:.2f} GB of keys"
+
+    return f"{topology.name} at {length:,} positions: {read(topology)} a token and GPU; one GPU: {read(Topology())}"
 
 
 def table(decoder: Decoder, shown: list[Topology], lengths: list[int]) -> str:

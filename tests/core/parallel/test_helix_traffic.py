@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ltx2_engine.ltx2_core.parallel.helix_topology import Attention, Decoder, Shares, Topology, check, topologies
-from ltx2_engine.ltx2_core.parallel.helix_traffic import choose, table, traffic
+from ltx2_engine.ltx2_core.parallel.helix_traffic import choose, describe, table, traffic
 
 # the released sizes: five layers in six see 1024 positions
 GEMMA3_12B = Decoder(3840, 15360, 262208, (Attention(40, 16, 8, 256, reach=1024), Attention(8, 16, 8, 256)))
@@ -99,3 +99,10 @@ def test_table_has_a_row_for_every_topology_and_length():
     rows = table(GEMMA3_12B, [Topology(), Topology(4, 1), Topology(1, 4)], [4096, 65536]).splitlines()[2:]
     assert len(rows) == 6
     assert rows[0] == "| one GPU | 4,096 | 23.53 GB | 0.60 GB | 0.00 MB |"
+
+
+def test_the_log_says_what_is_gained():
+    assert describe(GEMMA3_12B, Topology(4, 1), 4096) == (
+        "TP4 at 4,096 positions: 5.88 GB of weights and 0.15 GB of keys a token and GPU; "
+        "one GPU: 23.53 GB of weights and 0.60 GB of keys"
+    )
