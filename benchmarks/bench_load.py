@@ -27,11 +27,11 @@ from ltx2_engine.ltx2_core.loading.arena import Arena
 from ltx2_engine.ltx2_core.loading.build import sources_of
 from ltx2_engine.ltx2_core.loading.changes import Adapter, Adapters
 from ltx2_engine.ltx2_core.loading.checkpoint import read_header
-from ltx2_engine.ltx2_core.loading.collector import collector_paused
 from ltx2_engine.ltx2_core.loading.lora.file import read_lora
 from ltx2_engine.ltx2_core.loading.lora.strength import Strength
 from ltx2_engine.ltx2_core.loading.pinned import PinnedMemory
 from ltx2_engine.ltx2_core.loading.store import WeightStore
+from ltx2_engine.ltx2_core.loading.while_loading import while_loading
 from ltx2_engine.ltx2_core.networks import build_on_meta
 from random_files import write_lora, write_transformer
 from report import Row, write
@@ -41,7 +41,7 @@ DEVICE = torch.device("cuda")
 PROBE = "blocks.7.video.attn1.to_q.weight"
 
 
-@collector_paused
+@while_loading
 def new_store(path: Path, model: ModelConfig, policy: str | None = None) -> WeightStore:
     """A store for a transformer, from its file's header on, as an engine and a component make it."""
     sources = sources_of((read_header(path),), "transformer")
@@ -83,6 +83,7 @@ def loads(
     for _ in range(repeat):
         stores: list[WeightStore] = []
 
+        @while_loading
         def load(stores: list[WeightStore] = stores) -> None:
             stores.append(new_store(path, model, policy))
             stores[0].converge(lambda: adapters, overlap=overlap)

@@ -144,6 +144,10 @@ def both_norm_rotary(size: Tokens, draw: Draw) -> Arguments:
     return (tokens(size, draw), tokens(size, draw), *weights, *tables(size, draw), EPS), {}
 
 
+def weighted_norm(size: Tokens, draw: Draw) -> Arguments:
+    return (tokens(size, draw), draw(size.width), EPS), {}
+
+
 def gates(size: Tokens, draw: Draw, **options: Any) -> Arguments:
     return (tokens(size, draw), draw(1, size.tokens, HEADS)), options
 
@@ -198,6 +202,7 @@ VARIANTS = (
     Variant("qk_norm_rotary", "", both_norm_rotary),
     Variant("norm_rotary", "", one_norm_rotary),
     Variant("apply_split_rotary", "", rotary),
+    Variant("rms_norm", "", weighted_norm),
     Variant("head_gate", "", gates),
     Variant("head_gate", "quantize", lambda size, draw: gates(size, draw, quantize=True)),
     Variant("gelu_quantize", "4 x width", lambda size, draw: ((tokens(size, draw, 4),), {})),

@@ -15,6 +15,7 @@ from .quantize import gelu_quantize, quantize_rows
 from .quantized import Quantized
 from .res2s_update import res2s_update
 from .residual_norm_modulate import residual_norm_modulate
+from .rms_norm import rms_norm
 from .rotary import apply_split_rotary, norm_rotary, qk_norm_rotary
 from .rows import Rows
 
@@ -34,6 +35,7 @@ __all__ = [
     "quantize_rows",
     "res2s_update",
     "residual_norm_modulate",
+    "rms_norm",
     "runs_fused",
     "wide",
 ]

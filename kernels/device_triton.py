@@ -1,6 +1,7 @@
 """Device functions that the kernels share: rows of memory, rounding, eight-bit numbers.
 
-Names in all kernels: ``p_`` pointers, ``o_`` offsets, ``b_`` values in float32. In capitals: constants of compilation.
+Names in all kernels: ``p_`` pointers, ``o_`` offsets, ``b_`` values in float32, ``h_`` values in the tensors' own dtype. In
+capitals: constants of compilation.
 """
 
 from __future__ import annotations
@@ -73,6 +74,80 @@ def between(b_x, DTYPE: tl.constexpr, FAST: tl.constexpr):
     if not FAST:
         b_x = rounded(b_x, DTYPE)
     return b_x
+
+
+@triton.jit
+def narrowed(b_x, DTYPE: tl.constexpr):
+    """``rounded``, in DTYPE, if it is not yet: for ``product`` and ``total``."""
+    if b_x.dtype == DTYPE:
+        h_x = b_x
+    elif DTYPE == tl.bfloat16 and not _INTERPRETED:
+        h_x = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [b_x], tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        h_x = rounded(b_x, DTYPE).to(DTYPE)
+    return h_x
+
+
+@triton.jit
+def widened(h_x):
+    """In float32; of bfloat16 in one instruction each, where the compiler would take numbers out of their pair first."""
+    if h_x.dtype == tl.bfloat16 and not _INTERPRETED:
+        b_x = tl.inline_asm_elementwise(
+            "{ shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000; }", "=&r,=r,r", [h_x], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        b_x = h_x.to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def product(h_x, h_y):
+    """x * y rounded to their dtype; of 16 bits two at once, in one instruction.
+
+    The same bits as by way of float32, which has more than twice as many digits: rounded twice is rounded once then.
+    """
+    DTYPE: tl.constexpr = h_x.dtype
+    if _INTERPRETED or DTYPE == tl.float32:
+        h_z = rounded(h_x.to(tl.float32) * h_y.to(tl.float32), DTYPE).to(DTYPE)
+    elif DTYPE == tl.bfloat16:
+        # the only such instruction of older GPUs; adding -0 changes no sign
+        h_z = tl.inline_asm_elementwise(
+            "{ .reg .b32 none; mov.b32 none, 0x80008000; fma.rn.bf16x2 $0, $1, $2, none; }",
+            "=r,r,r",
+            [h_x, h_y],
+            tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        h_z = tl.inline_asm_elementwise(
+            "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [h_x, h_y], tl.float16, is_pure=True, pack=2
+        )
+    return h_z
+
+
+@triton.jit
+def total(h_x, h_y):
+    """x + y like ``product``."""
+    DTYPE: tl.constexpr = h_x.dtype
+    if _INTERPRETED or DTYPE == tl.float32:
+        h_z = rounded(h_x.to(tl.float32) + h_y.to(tl.float32), DTYPE).to(DTYPE)
+    elif DTYPE == tl.bfloat16:
+        h_z = tl.inline_asm_elementwise(
+            "{ .reg .b32 one; mov.b32 one, 0x3F803F80; fma.rn.bf16x2 $0, $1, one, $2; }",
+            "=r,r,r",
+            [h_x, h_y],
+            tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        h_z = tl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [h_x, h_y], tl.float16, is_pure=True, pack=2
+        )
+    return h_z
 
 
 @triton.jit

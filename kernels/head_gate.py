@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from .contract import CLOSE
 from .dispatch import demand, demand_like, operation, power_of_two
 from .precision import rounded_once
 from .quantize import quantize_rows
-from .quantized import Quantized
 
 WIDEST = 8192
 _SAMPLE = 256
@@ -37,16 +37,14 @@ def _sample(out: Tensor, logits: Tensor, *, fast: bool = False, quantize: bool =
 
 
 @operation(twin=_twin, fit=_fit, sample=_sample, contract=CLOSE)
-def head_gate(
-    out: Tensor, logits: Tensor, *, fast: bool = False, quantize: bool = False
-) -> Tensor | tuple[Tensor, Quantized]:
+def head_gate(out: Tensor, logits: Tensor, *, fast: bool = False, quantize: bool = False) -> Any:
     """Multiply each head by ``2 * sigmoid(logit)``.
 
     out: [B, T, H * D]; logits: [B, T, H]. Sigmoid and product round to out's dtype in turn (ltx-core 1.2); ``fast`` rounds
-    once. With ``quantize`` returns the pair of it and its ``Quantized`` rows.
+    once. With ``quantize`` returns no more than its ``Quantized`` rows.
     """
     gated = (rounded_once(_gated) if fast else _gated)(out, logits)
-    return (gated, quantize_rows.definition(gated)) if quantize else gated
+    return quantize_rows.definition(gated) if quantize else gated
 
 
 def _gated(out: Tensor, logits: Tensor) -> Tensor:

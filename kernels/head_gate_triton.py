@@ -1,4 +1,4 @@
-"""``head_gate``: a program holds one token, as heads by channels."""
+"""``head_gate``: a program holds one token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_triton import between, e4m3, e4m3_scale, largest, rounded, rounded_in_pairs, sigmoid
+from .device_triton import e4m3, e4m3_scale, largest, narrowed, product, rounded, sigmoid, widened
 from .dispatch import opaque
 from .launch import options
 from .quantized import Quantized
@@ -22,7 +22,6 @@ def head_gate_kernel(
     logits_batch,
     logits_token,
     p_out,
-    p_data,
     p_scale,
     tokens,
     FAST: tl.constexpr,
@@ -33,29 +32,33 @@ def head_gate_kernel(
     o_row = tl.program_id(0).to(tl.int64)
     o_batch = o_row // tokens
     o_token = o_row % tokens
+    o_cells = tl.arange(0, HEADS * CHANNELS)
     o_heads = tl.arange(0, HEADS)
-    o_cells = o_heads[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
 
-    b_x = tl.load(p_x + o_batch * x_batch + o_token * x_token + o_cells).to(tl.float32)
+    # what is rounded after every operation is computed in 16 bits
+    KEPT: tl.constexpr = tl.float32 if FAST else DTYPE
+    h_x = tl.load(p_x + o_batch * x_batch + o_token * x_token + o_cells).to(KEPT)
     b_logits = tl.load(p_logits + o_batch * logits_batch + o_token * logits_token + o_heads).to(tl.float32)
-    b_gate = 2.0 * between(sigmoid(b_logits), DTYPE, FAST)
-    b_out = b_x * b_gate[:, None]
+    h_gate = (2.0 * rounded(sigmoid(b_logits), KEPT)).to(KEPT)
+    h_gated = product(tl.reshape(h_x, (HEADS, CHANNELS)), h_gate[:, None])
+    h_out = narrowed(tl.reshape(h_gated, (HEADS * CHANNELS,)), DTYPE)
 
     o_out = o_row * (HEADS * CHANNELS) + o_cells
-    tl.store(p_out + o_out, rounded(b_out, DTYPE).to(DTYPE))
-    if p_data is not None:
-        b_out = rounded_in_pairs(b_out, DTYPE)
+    if p_scale is None:
+        tl.store(p_out + o_out, h_out)
+    else:
+        b_out = widened(h_out)
         scale = e4m3_scale(largest(b_out))
         tl.store(p_scale + o_row, scale)
-        tl.store(p_data + o_out, e4m3(b_out, scale))
+        tl.store(p_out + o_out, e4m3(b_out, scale))
 
 
 def _results(out: Tensor, logits: Tensor, fast: bool, quantize: bool) -> list[Tensor]:
-    made = [out.new_empty(out.shape)]
-    if quantize:
-        made.append(out.new_empty(out.shape, dtype=torch.float8_e4m3fn))
-        made.append(out.new_empty((*out.shape[:-1], 1), dtype=torch.float32))
-    return made
+    """The gated heads, or in eight bits their numbers and scales."""
+    if not quantize:
+        return [out.new_empty(out.shape)]
+    scales = out.new_empty((*out.shape[:-1], 1), dtype=torch.float32)
+    return [out.new_empty(out.shape, dtype=torch.float8_e4m3fn), scales]
 
 
 @opaque("head_gate", "(Tensor out, Tensor logits, bool fast, bool quantize) -> Tensor[]", _results)
@@ -63,7 +66,6 @@ def launch(out: Tensor, logits: Tensor, fast: bool, quantize: bool) -> list[Tens
     made = _results(out, logits, fast, quantize)
     batch, tokens, width = out.shape
     heads = logits.shape[2]
-    gated, data, scale = made if quantize else (*made, None, None)
     head_gate_kernel[(batch * tokens,)](
         out,
         out.stride(0),
@@ -71,9 +73,8 @@ def launch(out: Tensor, logits: Tensor, fast: bool, quantize: bool) -> list[Tens
         logits,
         logits.stride(0),
         logits.stride(1),
-        gated,
-        None if data is None else data.view(torch.uint8),
-        scale,
+        made[0].view(torch.uint8) if quantize else made[0],
+        made[1] if quantize else None,
         tokens,
         FAST=fast,
         HEADS=heads,
@@ -83,8 +84,6 @@ def launch(out: Tensor, logits: Tensor, fast: bool, quantize: bool) -> list[Tens
     return made
 
 
-def head_gate(
-    out: Tensor, logits: Tensor, *, fast: bool = False, quantize: bool = False
-) -> Tensor | tuple[Tensor, Quantized]:
-    gated, *eight_bit = launch(out, logits, fast, quantize)
-    return (gated, Quantized(*eight_bit)) if quantize else gated
+def head_gate(out: Tensor, logits: Tensor, *, fast: bool = False, quantize: bool = False) -> Tensor | Quantized:
+    made = launch(out, logits, fast, quantize)
+    return Quantized(*made) if quantize else made[0]

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_triton import between, quick_inverse, quick_sigmoid, rounded, rounded_in_pairs
+from .device_triton import narrowed, product, quick_inverse, quick_sigmoid, rounded, rounded_in_pairs, total, widened
 from .dispatch import opaque
 from .launch import next_power_of_two, options
 from .pixel_norm_silu import EPS
@@ -14,14 +14,6 @@ from .pixel_norm_silu import EPS
 # numbers that a program holds; pixels side by side, which are neighbours in memory: from one load of a thread to a cache line
 _HELD = 16384
 _FEWEST_PIXELS, _MOST_PIXELS = 8, 64
-
-
-@triton.jit
-def _step(b_x, DTYPE: tl.constexpr, FAST: tl.constexpr):
-    """``between`` for what the next operation takes in float32."""
-    if not FAST:
-        b_x = rounded_in_pairs(b_x, DTYPE)
-    return b_x
 
 
 @triton.jit(do_not_specialize=["frames", "height", "blocks"])
@@ -67,17 +59,24 @@ def pixel_norm_silu_kernel(
     p_from = p_x + o_batch * x_batch + o_frame * x_frame + o_row * x_row + o_columns * x_column
     p_to = p_out + o_batch * out_batch + o_frame * out_frame + o_row * out_row + o_columns * out_column
 
-    b_x = tl.load(p_from + o_channels * x_channel, mask=here, other=0.0).to(tl.float32)
-    b_mean = tl.sum(between(b_x * b_x, DTYPE, FAST), axis=0) * (1.0 / CHANNELS)
-    b_mean = _step(_step(b_mean, DTYPE, FAST) + tl.cast(eps, tl.float32), DTYPE, FAST)
-    # no root and no quotient of numbers of 8 bits is as near to the middle of two others as these are to it
-    b_rms = _step(tl.sqrt(b_mean), DTYPE, FAST)
-    b_y = _step(b_x * quick_inverse(b_rms)[None, :], DTYPE, FAST)
+    # what is rounded after every operation is computed in 16 bits
+    KEPT: tl.constexpr = tl.float32 if FAST else DTYPE
+    h_x = tl.load(p_from + o_channels * x_channel, mask=here, other=0.0).to(KEPT)
     if p_scale is not None:
-        b_scale = tl.load(p_scale + o_batch * scale_batch + o_channels * scale_channel, mask=known, other=0.0)
-        b_shift = tl.load(p_shift + o_batch * shift_batch + o_channels * shift_channel, mask=known, other=0.0)
-        b_y = _step(b_y * between(1.0 + b_scale.to(tl.float32), DTYPE, FAST), DTYPE, FAST)
-        b_y = _step(b_y + b_shift.to(tl.float32), DTYPE, FAST)
+        o_vector = tl.arange(0, BLOCK)
+        inside = o_vector < CHANNELS
+        h_scale = tl.load(p_scale + o_batch * scale_batch + o_vector * scale_channel, mask=inside, other=0.0)
+        h_shift = tl.load(p_shift + o_batch * shift_batch + o_vector * shift_channel, mask=inside, other=0.0)
+        h_factor = rounded(1.0 + h_scale.to(tl.float32), KEPT).to(KEPT)[:, None]
+        h_shift = h_shift.to(KEPT)[:, None]
+    b_mean = tl.sum(widened(product(h_x, h_x)), axis=0) * (1.0 / CHANNELS)
+    b_mean = rounded_in_pairs(rounded_in_pairs(b_mean, KEPT) + tl.cast(eps, tl.float32), KEPT)
+    # no root and no quotient of numbers of 8 bits is as near to the middle of two others as these are to it
+    b_rms = rounded_in_pairs(tl.sqrt(b_mean), KEPT)
+    h_y = narrowed(widened(h_x) * quick_inverse(b_rms)[None, :], KEPT)
+    if p_scale is not None:
+        h_y = total(product(h_y, h_factor), h_shift)
+    b_y = widened(h_y)
     b_y = b_y * quick_sigmoid(b_y)
     tl.store(p_to + o_channels * out_channel, rounded(b_y, DTYPE).to(DTYPE), mask=here)
 
@@ -116,7 +115,8 @@ def launch(x: Tensor, out: Tensor, shift: Tensor | None, scale: Tensor | None, e
         CHANNELS=channels,
         BLOCK=block,
         PIXELS=pixels,
-        **options(block * pixels),
+        # 64 numbers a thread, as each of a channel's threads repeats what is done once for it: a quarter faster than 32
+        **options(block * pixels // 4),
     )
 
 

@@ -16,10 +16,10 @@ from .host import HostOutOfMemory, Interrupted, host
 from .loading.arena import Arena
 from .loading.build import Source
 from .loading.changes import Adapters
-from .loading.collector import collector_paused
 from .loading.pinned import PinnedMemory
 from .loading.pristine import POLICIES, choose_policy
 from .loading.store import WeightStore, frozen
+from .loading.while_loading import while_loading
 from .memory_plan import SLOTS
 from .memory_sizes import HOST_RESERVE_BYTES, RESERVE_BYTES, Stack, size
 from .streaming import BlockStream
@@ -83,6 +83,7 @@ class Component(Generic[M]):
 
     # using ------------------------------------------------------------------------------------------------------------
 
+    @while_loading
     def use(self, work_bytes: int, adapters: Adapters = (), *, streamed: int | None = None) -> M:
         """The network with these LoRAs, ready on its device, and room for ``work_bytes`` of activations beside it.
 
@@ -107,6 +108,7 @@ class Component(Generic[M]):
         if self._stream is not None:
             self._stream.release()
 
+    @while_loading
     def start(self, spare_bytes: int, adapters: Adapters = (), *, after: Component | None = None) -> None:
         """Begin to read in the background, unless the network and ``spare_bytes`` would not fit at once.
 
@@ -450,7 +452,7 @@ class Component(Generic[M]):
         self._arenas.clear()
         self._kept.clear()
 
-    @collector_paused
+    @while_loading
     def _the_store(self) -> WeightStore:
         """The network as it is, at first without any weight."""
         if self._store is None:

@@ -30,8 +30,8 @@ from .frames import deliver
 from .graphs import WORTH_CAPTURING, can_capture
 from .host import Progress, host
 from .job import DecodedClip, SampleJob, check_job, check_latents
-from .loading.collector import collector_paused
 from .loading.lora.file import read_lora, reference_factors
+from .loading.while_loading import while_loading
 from .memory_plan import MemoryPlan, plan_memory
 from .memory_sizes import Needs, Room
 from .model_files import ModelFiles
@@ -506,7 +506,7 @@ def _close_all(components: tuple[Component, ...]) -> None:
 _engines: weakref.WeakValueDictionary[ModelSpec, LocalEngine] = weakref.WeakValueDictionary()
 
 
-@collector_paused
+@while_loading
 def open_engine(spec: ModelSpec) -> LocalEngine:
     """The engine of these files on this device; the one that is already there, if any handle still holds it.
 

@@ -78,7 +78,11 @@ class Graphs:
         began = time.perf_counter()
         try:
             captured = _Captured(self._run, x, enabled, self._check, TwoLanes(self._sound), self._pool.id)
-        except RuntimeError as error:
+        except BaseException as error:
+            # a pool whose graphs have all gone takes no more of them
+            self._pool = torch.cuda.MemPool()
+            if not isinstance(error, RuntimeError):
+                raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
             log.warning("graphs: not used, this evaluation cannot be captured: %s", reason[0])
             return None

@@ -24,6 +24,9 @@ BASE = {
 # what reads the headers of weight files
 HEADERS = {f"ltx2_core.loading.{name}" for name in ("checkpoint", "gguf", "weights")}
 
+# what talks to process groups
+PROCESS_GROUPS = {"ltx2_core.parallel.collectives", "ltx2_core.parallel.helix_collectives"}
+
 # the longest entry that contains a file says from which units of the pack it may import, beside its own
 MAY_IMPORT = {
     "kernels": set(),
@@ -37,6 +40,7 @@ MAY_IMPORT = {
     "ltx2_core.parallel.groups": BASE | {"ltx2_core.parallel.context"},
     "ltx2_core.parallel.sequence": BASE
     | {f"ltx2_core.{name}" for name in ("parallel.context", "transformer.inputs", "transformer.rope")},
+    "ltx2_core.parallel": BASE,
     "ltx2_core.sampling": BASE | {"kernels", "ltx2_core.conditioning.state"},
     "ltx2_core.text": BASE | HEADERS | {"kernels", "ltx2_core.loading.write"},
     "ltx2_core.transformer": BASE | {"kernels", "ltx2_core.parallel.context"},
@@ -60,9 +64,6 @@ BANNED = {
     "triton": "Triton",
 }
 
-# the one module that may all the same
-ALLOWED = {"torch.distributed": "ltx2_core.parallel.collectives"}
-
 
 # reading one file ----------------------------------------------------------------------------------------------------
 
@@ -84,6 +85,13 @@ def unit_of(module: str) -> str:
 def holds_kernels(module: str) -> bool:
     """Whether the module holds kernels in Triton's language."""
     return within(module, {"kernels"}) and module.endswith("_triton")
+
+
+def may_use(module: str, banned: str) -> bool:
+    """Whether the module is one of the few that a ban leaves out."""
+    return (banned == "triton" and holds_kernels(module)) or (
+        banned == "torch.distributed" and module in PROCESS_GROUPS
+    )
 
 
 def relative_imports(path: Path, tree: ast.AST) -> set[str]:
@@ -146,9 +154,7 @@ def violations(path: Path, source: str) -> list[str]:
         f"{name}: {BANNED[banned]} is not for the pack"
         for name in sorted(outside | used)
         for banned in BANNED
-        if within(name, {banned})
-        and not (banned == "triton" and holds_kernels(module))
-        and ALLOWED.get(banned) != module
+        if within(name, {banned}) and not may_use(module, banned)
     ]
     own = {name for name in outside if within(name, {*FOLDERS, "ltx2_engine"})}
     if module not in ("__init__", "cli"):  # they make the package before it can be imported

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +68,9 @@ class Arena:
                 return known
             arena = module.__dict__[_ATTRIBUTE] = cls(unique, device, pin=pin)
             in_arena = dict(zip(map(id, unique), arena.tensors, strict=True))
-            for owner, name, tensor in named:
-                if in_arena[id(tensor)] is not tensor:
-                    setattr(owner, name, in_arena[id(tensor)])
+            for tensors, name, tensor in named:
+                # past the module's own checks, which take longer than all else here
+                tensors[name] = in_arena[id(tensor)]
             if known is not None:
                 known.close()
             return arena
@@ -101,7 +101,7 @@ class Arena:
     def views(self, copy: Tensor) -> tuple[Tensor, ...]:
         """The tensors in a copy of ``memory``: flat, uint8, at least as long."""
         typed = {dtype: copy.view(dtype) for dtype in {place.dtype for place in self.layout}}
-        return tuple(_view(typed[place.dtype], place) for place in self.layout)
+        return tuple(view(typed[place.dtype], place.shape, place.offset) for place in self.layout)
 
     def point(self, views: Sequence[Tensor]) -> None:
         """Make the module's tensors these views."""
@@ -118,29 +118,35 @@ class Arena:
             self._pinned.close()
 
 
-def _named(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """(owner, name, tensor) of every tensor, in the order in which they lie; shared ones come several times."""
-    for owner in module.modules():
-        for group in getattr(owner, "side_by_side", ()):
+def _named(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """(where its owner has it, name, tensor) of every tensor, in the order in which they lie; shared ones come several
+    times."""
+    owners = list(module.modules())
+    for owner in owners:
+        # asked of the class: a module looks long for what it has not
+        for group in getattr(type(owner), "side_by_side", ()):
             linears = [owner.get_submodule(name) for name in group]
             for path, name in _OF_LINEAR:
                 for linear in linears:
-                    holder = linear if not path else getattr(linear, path, None)
-                    found = None if holder is None else (holder._parameters | holder._buffers).get(name)
-                    if holder is not None and found is not None:
-                        yield holder, name, found
-    for owner in module.modules():
-        for own in (owner.named_parameters, owner.named_buffers):
-            for name, tensor in own(recurse=False, remove_duplicate=False):
-                yield owner, name, tensor
+                    holder = linear._modules.get(path) if path else linear
+                    for tensors in () if holder is None else (holder._parameters, holder._buffers):
+                        tensor = tensors.get(name)
+                        if tensor is not None:
+                            yield tensors, name, tensor
+    for owner in owners:
+        for tensors in (owner._parameters, owner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    yield tensors, name, tensor
 
 
-def _view(typed: Tensor, place: _Place) -> Tensor:
+def view(typed: Tensor, shape: Sequence[int], offset: int) -> Tensor:
+    """A contiguous tensor in flat memory of its dtype, from byte ``offset`` on; in one step, as there are thousands."""
     strides = [1]
-    for size in reversed(place.shape[1:]):
+    for size in reversed(shape[1:]):
         strides.append(strides[-1] * size)
-    start = typed.storage_offset() + place.offset // place.dtype.itemsize
-    return typed.as_strided(place.shape, strides[::-1][: len(place.shape)], start)
+    start = typed.storage_offset() + offset // typed.itemsize
+    return typed.as_strided(shape, strides[::-1][: len(shape)], start)
 
 
 def _taken_in(tensor: Tensor, view: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -65,8 +65,7 @@ class MismatchError(CheckpointError):
         )
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where one parameter or buffer of a module comes from. name: its name in the module."""
 
     name: str

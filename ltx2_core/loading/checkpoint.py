@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,12 @@ _DTYPES = {
     "BOOL": ("bool", 1),
 }
 
+# those that this torch has
+_TORCH_DTYPES = {name: getattr(torch, known) for name, (known, _) in _DTYPES.items() if hasattr(torch, known)}
+
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+_ENTRY = {"dtype", "shape", "data_offsets"}
 
 _AGAIN = "download it again"
 _NOT_SAFETENSORS = "it is not a valid safetensors file; " + _AGAIN
@@ -68,8 +73,8 @@ class CheckpointError(ValueError):
     """A checkpoint file cannot be used; the message names the file, what was found and what to do."""
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+# a tuple: files have thousands, and a frozen dataclass takes three times as long to make
+class TensorInfo(NamedTuple):
     """One tensor of a file. begin and end are offsets in bytes from the start of the file.
 
     dtype: safetensors' name of it, or one of GGUF's block formats ("Q4_K"), whose shape is that of the unpacked tensor.
@@ -88,12 +93,12 @@ class TensorInfo:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype that the tensor has when it is read: uint8 for blocks and for types that this torch lacks."""
-        return getattr(torch, _DTYPES.get(self.dtype, ("uint8",))[0], torch.uint8)
+        return _TORCH_DTYPES.get(self.dtype, torch.uint8)
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
         """The shape that the tensor has when it is read: (size in bytes,) for blocks and for types that torch lacks."""
-        return self.shape if hasattr(torch, _DTYPES.get(self.dtype, ("",))[0]) else (self.size_bytes,)
+        return self.shape if self.dtype in _TORCH_DTYPES else (self.size_bytes,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -369,7 +374,7 @@ def _check_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
 
     if not _is_unicode(name):
         raise wrong("the name is not valid Unicode")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise wrong("the entry must have dtype, shape and data_offsets and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
@@ -377,7 +382,7 @@ def _check_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
     if not _is_counts(shape) or len(shape) > _MAX_DIMENSIONS:
         raise wrong(f"shape {_shown(shape)} is not a list of at most {_MAX_DIMENSIONS} whole numbers")
     # empty dimensions count as 1, or a zero would hide a product that no tensor library can hold
-    if math.prod(max(size, 1) for size in shape) > _MAX_ELEMENTS:
+    if math.prod([size or 1 for size in shape]) > _MAX_ELEMENTS:
         raise wrong(f"shape {_shown(shape)} has more than {_MAX_ELEMENTS} elements")
     if not _is_counts(offsets) or len(offsets) != 2:
         raise wrong(f"data_offsets {_shown(offsets)} are not two whole numbers")
@@ -411,6 +416,8 @@ def _is_counts(value: Any) -> bool:
 
 def _is_unicode(text: str) -> bool:
     """Whether a string has no lone surrogates, which JSON can write but nothing can print."""
+    if text.isascii():
+        return True
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

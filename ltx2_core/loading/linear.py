@@ -114,10 +114,17 @@ class PackedLinear(nn.Module):
         """Whether ``forward`` needs no more of such inputs than their rows in eight bits, each with its own scale."""
         return self.in_eight_bits and self._input_scale is None and not self.branches
 
-    def forward(self, x: Tensor, rows: Quantized | None = None) -> Tensor:
-        """x: [..., in]. rows: the same in eight bits, where ``reads_rows``. Returns [..., out] in x's dtype."""
+    def of_rows(self, rows: Quantized, dtype: torch.dtype) -> Tensor:
+        """The output [..., out] in ``dtype`` for an input [..., in] of which only rows in eight bits are there.
+
+        Where ``reads_rows``.
+        """
+        return self._multiplied(rows, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in]. Returns [..., out] in x's dtype."""
         if self.in_eight_bits and x.dtype not in _WIDE:
-            y = self._multiplied(x if rows is None else rows, x.dtype)
+            y = self._multiplied(x, x.dtype)
         else:
             weight = self.weight if self.packed is None else self.packed.unpack(x.dtype)
             assert weight is not None

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +53,7 @@ _idle_lock = threading.Lock()
 _POSITIONED = hasattr(os, "preadv")
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A tensor to be read.
 
     tag: the caller's, handed back with the tensor. shared: it may lie in one piece of memory with its neighbours in the
@@ -67,8 +66,7 @@ class Request:
     shared: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(NamedTuple):
     """A tensor that bytes are to be read into, and where it lies: from ``offset`` on in ``memory``, flat uint8.
 
     Neighbours in a file that are neighbours in one memory too are copied together.
@@ -79,7 +77,7 @@ class Room:
     offset: int
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Landing:
     """A tensor and the request that it answers.
 
@@ -247,8 +245,9 @@ class CudaTarget(Target):
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: torch.cuda.Event) -> torch.cuda.Event:
         self._stream.wait_event(after)
-        for to, source in pairs:
-            to.copy_(source, non_blocking=True)
+        if pairs:
+            # in one call: after each a thread has to come by Python's lock again
+            torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs], non_blocking=True)
         # blocking: a thread that waits for it sleeps
         event = torch.cuda.Event(blocking=True)
         event.record()

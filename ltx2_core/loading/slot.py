@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -76,13 +77,18 @@ class Slot:
     def value(self) -> Value:
         """What the network holds: the parts of a packed weight, "dense" for one that was unpacked, else "data"."""
         if not self.packed:
-            return {"data": getattr(self.owner, self.leaf)}
+            return {"data": self._plain()}
         assert isinstance(self.owner, PackedLinear)
         packed, weight = self.owner.packed, self.owner.weight
         if packed is not None:
             return packed.parts
         # neither is there for a moment while another thread replaces one by the other
         return {} if weight is None else {"dense": weight}
+
+    def _plain(self) -> Tensor:
+        # past the module's own search, which takes long
+        tensor = self.owner._parameters.get(self.leaf)
+        return getattr(self.owner, self.leaf) if tensor is None else tensor
 
     @property
     def arena(self) -> Arena | None:
@@ -123,15 +129,11 @@ class Slot:
 
     def give_dtype(self, dtype: torch.dtype) -> None:
         """Let a weight that was not read yet have the dtype that it is going to have, still without memory."""
-        tensor = self.value().get("data")
-        if (
-            not self.packed
-            and tensor is not None
-            and tensor.is_meta
-            and tensor.is_floating_point()
-            and tensor.dtype != dtype
-        ):
-            set_tensor(self.owner, self.leaf, tensor.to(dtype))
+        if self.packed:
+            return
+        tensor = self._plain()
+        if tensor.is_meta and tensor.is_floating_point() and tensor.dtype != dtype:
+            set_tensor(self.owner, self.leaf, _without_memory(tensor.shape, dtype).detach())
 
 
 def slots_of(
@@ -194,6 +196,11 @@ def _quantized_parts(shape: Sequence[int]) -> Value:
         "data": torch.empty(tuple(shape), dtype=torch.float8_e4m3fn, device="meta"),
         "scale": torch.empty((shape[0], 1), dtype=torch.float32, device="meta"),
     }
+
+
+@lru_cache(maxsize=256)
+def _without_memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def set_tensor(owner: nn.Module, leaf: str, tensor: Tensor) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from .arena import view
 from .ring import Chunk, Landing, Readers, Request, Room, Target, target_of
 
 __all__ = ["Request", "Room", "read_staged"]
@@ -143,10 +144,11 @@ def _in_one_piece(run: list[Request], size: int, target: Target) -> Iterator[Lan
         in_host_memory = target.is_host_memory(piece)
         memory = piece.numpy().data if in_host_memory else piece
         offset = 0
+        dtypes = {request.info.torch_dtype for request in run}
+        typed = {dtype: piece[: size - size % dtype.itemsize].view(dtype) for dtype in dtypes}
         for request in run:
             info = request.info
-            tensor = piece[offset : offset + info.size_bytes].view(info.torch_dtype).view(info.torch_shape)
-            yield Landing(request, tensor, memory, offset)
+            yield Landing(request, view(typed[info.torch_dtype], info.torch_shape, offset), memory, offset)
             offset += info.size_bytes
 
 

@@ -26,13 +26,13 @@ from ...kernels.packed import REPACKABLE, repack, unpack
 from .build import Source, check, sources_of
 from .changes import NO_CHANGES, Adapters, Changes, changes_by_parameter
 from .checkpoint import Checkpoint, TensorInfo
-from .collector import collector_paused
 from .linear import LowRank, PackedLinear, put
 from .lora.delta import add_deltas, factors
 from .lora.finite import FiniteCheck
 from .pristine import Pristine, Touched
 from .slot import BASE, Slot, State, Value, quantized, slots_of
 from .staged import Request, Room, read_staged
+from .while_loading import while_loading
 
 log = logging.getLogger("ltx2.loading")
 
@@ -102,9 +102,12 @@ class WeightStore:
         self._slots = slots_of(module, sources, keeps_packed, eight_bit)
         # by the name of every module that they are in
         self._inside: dict[str, list[Slot]] = {}
+        owned: dict[str, list[Slot]] = {}
         for slot in self._slots:
-            for name in _modules_around(slot.name):
-                self._inside.setdefault(name, []).append(slot)
+            owned.setdefault(slot.owner_name, []).append(slot)
+        for owner, slots in owned.items():
+            for name in (owner, *_modules_around(owner)):
+                self._inside.setdefault(name, []).extend(slots)
         self._names = {id(part): name for name, part in module.named_modules()}
         self._homes: dict[Slot, tuple[nn.Module, TakeMemory]] = {}
 
@@ -189,7 +192,7 @@ class WeightStore:
         for _ in read_staged(requests, device="cpu", allocate=place, stopped=stopped):
             pass
 
-    @collector_paused
+    @while_loading
     def converge(
         self,
         wanted: Callable[[], Adapters],
@@ -230,11 +233,16 @@ class WeightStore:
                     task.asked()
 
     def _first_reading(self, wanted: Callable[[], Adapters]) -> Iterator[_Task]:
+        asked: Adapters | None = None
+        changes: Mapping[str, Changes] = {}
         for slot in self._slots:
             if slot in self._homes:
                 self.give_memory(*self._homes[slot])
             if slot.state is None:
-                yield self._task(slot, changes_by_parameter(wanted()).get(slot.name, NO_CHANGES))
+                adapters = wanted()
+                if adapters is not asked:
+                    asked, changes = adapters, changes_by_parameter(adapters)
+                yield self._task(slot, changes.get(slot.name, NO_CHANGES))
 
     def _tasks(self, adapters: Adapters) -> Iterator[_Task]:
         """What has to be done to reach the state of a list."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -24,14 +23,14 @@ Shape = tuple[int, ...]
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _E8M0 = ("F8_E8M0", "U8")
 
-# how the name of a tensor beside "X.weight" ends -> its role
+# the last part of the name of a tensor beside "X.weight" -> its role
 _ROLES = {
-    ".comfy_quant": "comfy_quant",
-    ".weight_scale": "scale",
-    ".scale_weight": "scale",
-    ".weight_scale_2": "scale_2",
-    ".input_scale": "input_scale",
-    ".scale_input": "input_scale",
+    "comfy_quant": "comfy_quant",
+    "weight_scale": "scale",
+    "scale_weight": "scale",
+    "weight_scale_2": "scale_2",
+    "input_scale": "input_scale",
+    "scale_input": "input_scale",
 }
 _NAMES = {"scale": "weight_scale", "scale_2": "weight_scale_2"}
 # rows are a whole number of these
@@ -54,8 +53,7 @@ _MAX_COMFY_QUANT_BYTES = 65_536
 _MAX_METADATA_CHARACTERS = 4_000_000
 
 
-@dataclass(frozen=True)
-class Weight:
+class Weight(NamedTuple):
     """One tensor of a model as a file holds it.
 
     name: the checkpoint's name of the logical tensor ("....to_q.weight"). shape: logical, (out, in) for a matrix, not
@@ -101,7 +99,7 @@ def _gguf_weights(file: Checkpoint) -> Iterator[Weight]:
 def _safetensors_weights(file: Checkpoint) -> Iterator[Weight]:
     layers, own = _layers(file)
     declared = _declared_in_metadata(file) | _declared_in_tensors(file, layers)
-    scaled = any(_is_marker(name) for name in file.tensors)
+    scaled = any(map(_is_marker, file.tensors))
     for info in own:
         layer = _layer(info.name)
         beside = layers.get(layer, {}) if layer is not None else {}
@@ -121,12 +119,12 @@ def _layers(file: Checkpoint) -> tuple[dict[str, dict[str, TensorInfo]], list[Te
     layers: dict[str, dict[str, TensorInfo]] = {}
     own = []
     for info in file.tensors.values():
-        suffix = next((suffix for suffix in _ROLES if info.name.endswith(suffix)), None)
-        if suffix is None:
-            if not _is_marker(info.name):
+        layer, dot, last = info.name.rpartition(".")
+        role = _ROLES.get(last) if dot else None
+        if role is None:
+            if last != _MARKER:
                 own.append(info)
             continue
-        layer, role = info.name.removesuffix(suffix), _ROLES[suffix]
         roles = layers.setdefault(layer, {})
         if role in roles:
             raise _error(file, f"{_shown(roles[role].name)} and {_shown(info.name)} are the same thing", _AGAIN)

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -41,10 +41,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 
     q: [B, H, Tq, D]; k, v: [B, H, Tk, D]; bias: broadcastable to [B, H, Tq, Tk]. Returns [B, H, Tq, D].
     """
-    if q.is_cuda and bias is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] in _HEAD_DIMS:
-        package = _package(_choice())
-        if package is not None:
-            return package(q, k, v)
+    package = _package_for(q, bias)
+    if package is not None:
+        return package(q, k, v)
     with _implementation(q, k, bias):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
@@ -88,11 +87,20 @@ def order(num_queries: int, num_keys: int, *, masked: bool, choice: str = "auto"
 
 
 def _implementation(q: Tensor, k: Tensor, bias: Tensor | None) -> AbstractContextManager[None]:
-    if not q.is_cuda:
+    if not q.is_cuda or torch.compiler.is_compiling():
         return contextlib.nullcontext()
     names = order(q.shape[2], k.shape[2], masked=bias is not None, choice=_choice())
+    return _tried(names)
+
+
+def for_all() -> AbstractContextManager[None]:
+    """Inside the context, the order for attention that is compiled, which cannot differ from call to call."""
+    return _tried(order(1, 1, masked=False, choice=_choice()))
+
+
+def _tried(names: Sequence[str]) -> AbstractContextManager[None]:
+    """Inside the context, PyTorch tries these implementations in turn; its own order differs from version to version."""
     backends = [IMPLEMENTATIONS[name] for name in names]
-    # PyTorch's own order differs from version to version
     return sdpa_kernel(backends, set_priority=True) if _has_priority() else sdpa_kernel(backends)
 
 
@@ -101,6 +109,14 @@ def _choice() -> str:
     choice = os.environ.get(SWITCH, "auto")
     log.info("attention: %s", choice)
     return choice
+
+
+def _package_for(q: Tensor, bias: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The chosen package, if there is one and it takes such an attention."""
+    if not q.is_cuda or torch.compiler.is_compiling():
+        return None
+    takes = bias is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] in _HEAD_DIMS
+    return _package(_choice()) if takes else None
 
 
 @functools.cache

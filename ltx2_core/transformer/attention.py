@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Any
+
 from torch import Tensor, nn
 
-from ...kernels import head_gate, norm_rotary, qk_norm_rotary
+from ...kernels import head_gate, norm_rotary, qk_norm_rotary, rms_norm
 from ..parallel.context import WHOLE, Split
 from .heads import KeysValues, SplitKeysValues, attend_among, attend_given
 from .projections import Tokens, apply, for_linear, project, reads_rows
@@ -93,15 +94,15 @@ class Attention(nn.Module):
 
     def _normed(self, x: Tensor, norm: nn.RMSNorm, rotary: Rotary | None) -> Tensor:
         if rotary is None:
-            return F.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
+            return rms_norm(x, norm.weight, self.eps)
         return norm_rotary(x, norm.weight, rotary.cos, rotary.sin, self.eps, fast=self.fast)
 
     def _output(self, out: Tensor, x: Tokens) -> Tensor:
         """Head gates and output projection. out: [B, T, heads * head_dim]; x: the tokens that the gates are read from."""
-        linear = self.to_out[0]
+        linear: Any = self.to_out[0]
         if self.to_gate_logits is None:
             return apply(linear, for_linear(out, linear))
         logits = self.to_gate_logits(x.plain)
         if reads_rows(linear):
-            return apply(linear, Tokens(*head_gate(out, logits, fast=self.fast, quantize=True)))
+            return linear.of_rows(head_gate(out, logits, fast=self.fast, quantize=True), out.dtype)
         return linear(head_gate(out, logits, fast=self.fast))

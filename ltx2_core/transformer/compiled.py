@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from .attend import for_all
+
 log = logging.getLogger("ltx2.engine")
 
 # "1" in the environment
@@ -35,7 +37,8 @@ def compiled(blocks: Iterable[nn.Module], **options: Any) -> Iterator[None]:
         block.compile(**options)
     log.info("compile: %d blocks through torch.compile", len(blocks))
     try:
-        yield
+        with for_all():
+            yield
     finally:
         for block in blocks:
             block._compiled_call_impl = None

@@ -45,16 +45,12 @@ class TwoLanes(Lanes):
         self._sound = sound
 
     def map(self, fn: Callable[..., Any], own: AV[Any], *others: AV[Any]) -> AV[Any]:
-        if torch.compiler.is_compiling():
-            return own.map(fn, *others)  # a compiled block is one piece, in the video's lane
         video = AV(own.video, None).map(fn, *others)
         with torch.cuda.stream(self._sound):
             audio = AV(None, own.audio).map(fn, *others)
         return AV(video.video, audio.audio)
 
     def meet(self) -> None:
-        if torch.compiler.is_compiling():
-            return
         picture = torch.cuda.current_stream(self._sound.device)
         ours, theirs = picture.record_event(), self._sound.record_event()
         picture.wait_event(theirs)

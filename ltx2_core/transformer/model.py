@@ -20,6 +20,7 @@ from .stream import Stream
 
 # enough for a kernel to show whether it is right
 _FEW = 64
+_CONTAINERS = (dict, set)
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,9 @@ class Transformer(nn.Module):
     ) -> _Walk:
         if on_block is not None:
             on_block()
+        if block._compiled_call_impl is not None:
+            # compiled as one piece: other lanes would be compiled again, in the middle of a capture
+            lanes = ONE_LANE
         return replace(walk, x=block(walk.x, walk.state, keep, texts, lanes))
 
     def _finish(self, walk: _Walk) -> AV[Tensor]:
@@ -198,7 +202,7 @@ def _shell_copy(module: nn.Module) -> nn.Module:
     """A module like this one with parameters of its own that have no memory; plain attributes are shared."""
     copy = object.__new__(type(module))
     copy.__dict__ = {
-        key: type(value)(value) if isinstance(value, dict | set) else value for key, value in module.__dict__.items()
+        key: value.copy() if isinstance(value, _CONTAINERS) else value for key, value in module.__dict__.items()
     }
     for name, parameter in module._parameters.items():
         copy._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)

@@ -29,9 +29,11 @@ def for_linear(x: Tensor, linear: nn.Module) -> Tokens:
     return Tokens(x, quantize_rows(x) if reads_rows(linear) else None)
 
 
-def apply(linear: nn.Module, tokens: Tokens) -> Tensor:
+def apply(linear: Any, tokens: Tokens) -> Tensor:
     """A linear layer's output [B, T, width]."""
-    return linear(tokens.plain, tokens.rows) if reads_rows(linear) else linear(tokens.plain)
+    if tokens.rows is not None and reads_rows(linear):
+        return linear.of_rows(tokens.rows, tokens.plain.dtype)
+    return linear(tokens.plain)
 
 
 def project(tokens: Tokens, linears: Sequence[Any]) -> tuple[Tensor, ...]:

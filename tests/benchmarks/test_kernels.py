@@ -113,6 +113,9 @@ def test_every_variant_fits_its_operation_and_moves_what_the_formula_says(bench,
         "qk_norm_rotary": 5,
         "norm_rotary": 3,
         "apply_split_rotary": 3,
+        "rms_norm": 2,
+        "head_gate": 2 + 32 / 256,  # gates of 32 heads
+        "head_gate, quantize": 1.5 + 32 / 256,
         "gelu_quantize, 4 x width": 6,
         "quantize_rows": 1.5,
     }

@@ -21,8 +21,8 @@ from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.loading import ring
 from ltx2_engine.ltx2_core.loading import store as store_module
 from ltx2_engine.ltx2_core.loading.checkpoint import CheckpointError
-from ltx2_engine.ltx2_core.loading.collector import collector_paused
 from ltx2_engine.ltx2_core.loading.staged import Request
+from ltx2_engine.ltx2_core.loading.while_loading import while_loading
 from ltx2_engine.ltx2_core.memory_plan import SLOTS
 from ltx2_engine.ltx2_core.memory_sizes import RESERVE_BYTES
 from ltx2_engine.ltx2_core.model_spec import ModelSpec
@@ -194,7 +194,7 @@ def without_collector():
     """What goes here goes because nothing refers to it, not because the collector came by."""
     gc.collect()
     # of a load that ends meanwhile, too
-    with collector_paused:
+    with while_loading:
         yield
 
 

@@ -162,9 +162,14 @@ def fused(request, monkeypatch):
     """Whether kernels are fused; on the meta device they make their results and nothing else."""
     if request.param == "fused":
         pytest.importorskip("triton", reason="triton is not installed")
-        from ltx2_engine.kernels import head_gate_triton, residual_norm_modulate_triton, rotary_triton
+        from ltx2_engine.kernels import (
+            head_gate_triton,
+            residual_norm_modulate_triton,
+            rms_norm_triton,
+            rotary_triton,
+        )
 
-        for module in (head_gate_triton, residual_norm_modulate_triton, rotary_triton):
+        for module in (head_gate_triton, residual_norm_modulate_triton, rms_norm_triton, rotary_triton):
             for name, launch in vars(module).copy().items():
                 if hasattr(launch, "registered"):
                     monkeypatch.setattr(module, name, launch.registered)
@@ -173,6 +178,7 @@ def fused(request, monkeypatch):
             kernels.residual_norm_modulate,
             kernels.qk_norm_rotary,
             kernels.norm_rotary,
+            kernels.rms_norm,
             kernels.head_gate,
         ):
             monkeypatch.setattr(operation, "_prove", lambda *_: None)

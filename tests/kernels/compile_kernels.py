@@ -103,6 +103,7 @@ def attention(dtype):
     for fast in (False, True):
         kernels.qk_norm_rotary.twin(q, k, weight, weight, cos, cos, 1e-6, fast=fast)
     kernels.norm_rotary.twin(q, weight, cos, cos, 1e-6)
+    kernels.rms_norm.twin(q, weight, 1e-6)
     kernels.apply_split_rotary.twin(q.unflatten(-1, (HEADS, -1)).transpose(1, 2), cos, cos)
     for quantize in (False, True):
         kernels.head_gate.twin(q, of(1, TOKENS, HEADS, dtype=dtype), quantize=quantize)

@@ -23,7 +23,7 @@ from ltx2_engine.ltx2_core.transformer.model import Transformer
 CHANNELS = 8
 GUIDED = StreamGuidance(cfg=3.0, stg=1.0, modality=3.0, stg_blocks=(0,), rescale=0.7)
 PLAIN = StreamGuidance()
-USED = {"residual_norm_modulate", "qk_norm_rotary", "norm_rotary", "guidance_combine"}
+USED = {"residual_norm_modulate", "qk_norm_rotary", "norm_rotary", "rms_norm", "guidance_combine"}
 
 
 def small_model(label, device, numerics="exact"):

@@ -14,7 +14,7 @@ from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
 from ltx2_engine.ltx2_core.evaluate import split_evaluate
 from ltx2_engine.ltx2_core.job import SampleJob
-from ltx2_engine.ltx2_core.loading.collector import collector_paused
+from ltx2_engine.ltx2_core.loading.while_loading import while_loading
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
 from ltx2_engine.ltx2_core.sampling.samplers import SamplerChoice
 from ltx2_engine.ltx2_core.shapes import ClipShape
@@ -146,7 +146,7 @@ def without_collector():
     """What goes here goes because nothing refers to it, not because the collector came by."""
     gc.collect()
     # of a load that ends meanwhile, too
-    with collector_paused:
+    with while_loading:
         yield
 
 

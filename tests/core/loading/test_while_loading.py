@@ -1,6 +1,7 @@
-"""The garbage collector's pause: over when the last thread has left, and then as it was before."""
+"""What Python does otherwise while a model is loaded: over when the last thread has left, and then as it was before."""
 
 import gc
+import sys
 import threading
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from ltx2_engine.ltx2_core.component import Component, NetworkFiles
 from ltx2_engine.ltx2_core.loading.build import Source
 from ltx2_engine.ltx2_core.loading.checkpoint import read_header
-from ltx2_engine.ltx2_core.loading.collector import collector_paused
 from ltx2_engine.ltx2_core.loading.store import WeightStore
 from ltx2_engine.ltx2_core.loading.weights import weights_of
+from ltx2_engine.ltx2_core.loading.while_loading import while_loading
 from safetensors.torch import save_file
 from torch import nn
 
@@ -18,8 +19,10 @@ from torch import nn
 @pytest.fixture(autouse=True)
 def as_it_was():
     assert gc.isenabled()
+    before = sys.getswitchinterval()
     yield
-    assert collector_paused._inside == 0
+    assert while_loading._inside == 0
+    assert sys.getswitchinterval() == before
     gc.enable()
 
 
@@ -27,16 +30,56 @@ def as_it_was():
 def test_it_is_afterwards_as_it_was_before(on):
     if not on:
         gc.disable()
-    with collector_paused:
+    with while_loading:
         assert not gc.isenabled()
-        with collector_paused:
+        with while_loading:
             assert not gc.isenabled()
         assert not gc.isenabled(), "the outer pause is not over"
     assert gc.isenabled() is on
 
 
+@pytest.mark.parametrize("microseconds", [1, 57, 999, 1000, 1001, 5000, 12_345])
+def test_threads_take_turns_as_before_afterwards(microseconds):
+    before = sys.getswitchinterval()
+    sys.setswitchinterval((microseconds + 0.5) * 1e-6)
+    found = sys.getswitchinterval()
+    with while_loading:
+        shorter = sys.getswitchinterval()
+        assert shorter == pytest.approx(min(microseconds, 1000) * 1e-6)
+        with while_loading:
+            assert sys.getswitchinterval() == shorter
+        assert sys.getswitchinterval() == shorter, "the outer one is not over"
+    assert sys.getswitchinterval() == found
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_was_made_inside_is_not_looked_at_afterwards(frozen):
+    looked = []
+
+    def note(phase, about):
+        if phase == "stop":
+            looked.append(about["generation"])
+
+    if frozen:
+        gc.freeze()
+    count = gc.get_freeze_count()
+    gc.callbacks.append(note)
+    try:
+        with while_loading:
+            made = [[] for _ in range(100_000)]
+        young = len(gc.get_objects(0))
+        assert gc.get_freeze_count() == count
+    finally:
+        gc.callbacks.remove(note)
+        gc.unfreeze()
+    assert frozen or young < 10_000
+    assert frozen or not looked
+    assert len(made) == 100_000
+
+
 def test_an_error_ends_it():
-    @collector_paused
+    @while_loading
     def fails():
         assert not gc.isenabled()
         raise ValueError("no")
@@ -51,11 +94,11 @@ def test_the_last_thread_that_leaves_ends_it():
     entered, leave = threading.Event(), threading.Event()
 
     def other():
-        with collector_paused:
+        with while_loading:
             entered.set()
             leave.wait(10)
 
-    with collector_paused:
+    with while_loading:
         thread = threading.Thread(target=other)
         thread.start()
         entered.wait(10)
@@ -70,7 +113,7 @@ def test_many_threads_at_once():
 
     def come_and_go():
         for _ in range(500):
-            with collector_paused:
+            with while_loading:
                 seen.append(gc.isenabled())
 
     threads = [threading.Thread(target=come_and_go) for _ in range(8)]
