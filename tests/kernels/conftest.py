@@ -1,13 +1,7 @@
 """Kernels run in Triton's interpreter where there is no GPU, and compiled where there is one."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # read when the first kernel is imported; outside of these tests CPU tensors never reach a kernel
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
