@@ -38,8 +38,25 @@ Run = Callable[[AV[Tensor], "float | Tensor", AV[bool], Callable[[], None], Lane
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether graphs can be used on the device, and are wanted."""
-    return device.type == "cuda" and os.environ.get(SWITCH) != "off" and hasattr(torch.cuda, "MemPool")
+    """Whether graphs can be used on the device, and are wanted; where not on a GPU, the log says why."""
+    return device.type == "cuda" and os.environ.get(SWITCH) != "off" and _allocator_can()
+
+
+@functools.cache
+def _allocator_can() -> bool:
+    """Whether PyTorch's allocator has pools for graphs, said once where it has none."""
+    if not hasattr(torch.cuda, "MemPool"):
+        log.info("graphs: not with PyTorch %s, they need 2.6", torch.__version__)
+        return False
+    backend = torch.cuda.get_allocator_backend()
+    if backend != "native":
+        log.info(
+            "graphs: not with the memory allocator %s. Short clips are faster with PyTorch's own: start ComfyUI with "
+            "--disable-cuda-malloc, or leave backend:%s out of PYTORCH_CUDA_ALLOC_CONF",
+            backend,
+            backend,
+        )
+    return backend == "native"
 
 
 class Graphs:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from ltx2_engine.ltx2_core import graphs
 from ltx2_engine.ltx2_core.graphs import Recording, RunAhead
 
 
@@ -113,8 +114,17 @@ def test_a_stop_is_heard_while_the_host_waits():
 
 
 def test_other_devices_have_no_graphs(monkeypatch):
-    from ltx2_engine.ltx2_core.graphs import can_capture
-
-    assert not can_capture(torch.device("cpu"))
+    assert not graphs.can_capture(torch.device("cpu"))
     monkeypatch.setenv("LTX2_GRAPHS", "off")
-    assert not can_capture(torch.device("cuda:0"))
+    assert not graphs.can_capture(torch.device("cuda:0"))
+
+
+def test_an_allocator_without_pools_is_named(monkeypatch, caplog):
+    monkeypatch.delenv("LTX2_GRAPHS", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    graphs._allocator_can.cache_clear()
+    with caplog.at_level("INFO", logger="ltx2.engine"):
+        assert not graphs.can_capture(torch.device("cuda:0"))
+        assert not graphs.can_capture(torch.device("cuda:0"))
+    graphs._allocator_can.cache_clear()
+    assert caplog.text.count("--disable-cuda-malloc") == 1
