@@ -245,9 +245,8 @@ class CudaTarget(Target):
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: torch.cuda.Event) -> torch.cuda.Event:
         self._stream.wait_event(after)
-        if pairs:
-            # in one call: after each a thread has to come by Python's lock again
-            torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs], non_blocking=True)
+        for to, source in pairs:
+            to.copy_(source, non_blocking=True)
         # blocking: a thread that waits for it sleeps
         event = torch.cuda.Event(blocking=True)
         event.record()
