@@ -29,11 +29,14 @@ HEADERS = {f"ltx2_core.loading.{name}" for name in ("checkpoint", "gguf", "weigh
 ALLOWED = {
     "torch.distributed": {"ltx2_core.parallel.helix_collectives"},
     # pairs of connected Unix sockets
-    "socket": {"ltx2_core.parallel.channel"},
+    "socket": {"ltx2_core.parallel.channel", "ltx2_core.parallel.processes"},
+    "subprocess": {"ltx2_core.parallel.processes"},
+    # prctl
+    "ctypes": {"ltx2_core.parallel.parent_death"},
 }
 
 # they make the package before it can be imported
-PLACE_THE_PACK = {"__init__", "cli"}
+PLACE_THE_PACK = {"__init__", "cli", "ltx2_core.parallel.worker_entry"}
 
 # the longest entry that contains a file says from which units of the pack it may import, beside its own
 MAY_IMPORT = {
