@@ -1,6 +1,7 @@
 """The architecture as a test: who may import whom, what nobody imports, and that the package lists are complete."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -24,8 +25,18 @@ BASE = {
 # what reads the headers of weight files
 HEADERS = {f"ltx2_core.loading.{name}" for name in ("checkpoint", "gguf", "weights")}
 
-# what talks to process groups
-PROCESS_GROUPS = {"ltx2_core.parallel.collectives", "ltx2_core.parallel.helix_collectives"}
+# the few modules that a ban leaves out
+ALLOWED = {
+    "torch.distributed": {f"ltx2_core.parallel.{name}" for name in ("collectives", "helix_collectives")},
+    # pairs of connected Unix sockets
+    "socket": {"ltx2_core.parallel.channel", "ltx2_core.parallel.processes"},
+    "subprocess": {"ltx2_core.parallel.processes"},
+    # prctl
+    "ctypes": {"ltx2_core.parallel.parent_death"},
+}
+
+# they make the package before it can be imported
+PLACE_THE_PACK = {"__init__", "cli", "ltx2_core.parallel.worker_entry"}
 
 # the longest entry that contains a file says from which units of the pack it may import, beside its own
 MAY_IMPORT = {
@@ -55,6 +66,7 @@ COMFYUI |= {"nodes", "node_helpers", "server"}
 HEAVY = {"av", "numpy", "PIL", "safetensors", "torch", "tqdm", "transformers", "yaml"}
 BANNED = {
     **dict.fromkeys(("pickle", "dill", "marshal", "shelve", "joblib", "torch.load", "torch.save"), "pickled files"),
+    **dict.fromkeys(("cloudpickle", "_pickle", "torch.serialization"), "pickled files"),
     **dict.fromkeys(("socket", "ssl", "urllib", "http", "requests", "httpx", "ftplib", "smtplib"), "the network"),
     **dict.fromkeys(("subprocess", "multiprocessing", "os.system", "os.popen", "pty"), "processes"),
     **dict.fromkeys(("eval", "exec", "compile", "__import__", "importlib", "runpy", "code"), "code made at run time"),
@@ -63,6 +75,8 @@ BANNED = {
     "torch.multiprocessing": "processes",
     "triton": "Triton",
 }
+
+PICKLING_COLLECTIVE = re.compile(r"(all_gather|broadcast|gather|scatter|send|recv)_object(_list)?")
 
 
 # reading one file ----------------------------------------------------------------------------------------------------
@@ -89,9 +103,7 @@ def holds_kernels(module: str) -> bool:
 
 def may_use(module: str, banned: str) -> bool:
     """Whether the module is one of the few that a ban leaves out."""
-    return (banned == "triton" and holds_kernels(module)) or (
-        banned == "torch.distributed" and module in PROCESS_GROUPS
-    )
+    return (banned == "triton" and holds_kernels(module)) or module in ALLOWED.get(banned, ())
 
 
 def relative_imports(path: Path, tree: ast.AST) -> set[str]:
@@ -140,6 +152,13 @@ def at_module_level(tree: ast.Module) -> ast.Module:
     return ast.fix_missing_locations(Strip().visit(tree))
 
 
+def pickling_collectives(tree: ast.AST) -> set[str]:
+    """Names such as ``broadcast_object_list``: they pickle what they exchange."""
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return {name for name in names if PICKLING_COLLECTIVE.fullmatch(name)}
+
+
 def violations(path: Path, source: str) -> list[str]:
     """What a file of the pack does that its place does not allow."""
     tree, module = ast.parse(source), dotted(path)
@@ -156,8 +175,9 @@ def violations(path: Path, source: str) -> list[str]:
         for banned in BANNED
         if within(name, {banned}) and not may_use(module, banned)
     ]
+    found += [f"{name}: pickled messages are not for the pack" for name in sorted(pickling_collectives(tree))]
     own = {name for name in outside if within(name, {*FOLDERS, "ltx2_engine"})}
-    if module not in ("__init__", "cli"):  # they make the package before it can be imported
+    if module not in PLACE_THE_PACK:
         found += [f"{name}: the pack imports itself relatively" for name in sorted(own)]
     top = at_module_level(ast.parse(source))
     loaded = absolute_imports(top)
@@ -223,6 +243,20 @@ def test_file_keeps_the_layout(path):
         ("ltx2_core/parallel/context.py", "import torch.distributed as dist", "torch.distributed: process groups"),
         ("ltx2_core/parallel/collectives.py", "import torch.multiprocessing", "torch.multiprocessing: processes"),
         ("ltx2_core/parallel/context.py", "from ..transformer.rope import Rotary", "may not import ltx2_core.transf"),
+        ("ltx2_core/x.py", "import subprocess", "subprocess: processes"),
+        ("ltx2_core/parallel/worker_process.py", "import socket", "socket: the network"),
+        ("ltx2_core/parallel/worker_process.py", "import ctypes", "ctypes: foreign code"),
+        ("ltx2_core/parallel/processes.py", "import multiprocessing", "multiprocessing: processes"),
+        (
+            "ltx2_core/parallel/helix_collectives.py",
+            "import torch.distributed as dist\ndist.broadcast_object_list([])",
+            "broadcast_object_list: pickled messages",
+        ),
+        (
+            "ltx2_core/parallel/helix_collectives.py",
+            "from torch.distributed import all_gather_object",
+            "all_gather_object: pickled messages",
+        ),
         ("kernels/x.py", "import triton.language as tl", "triton.language: Triton"),
         ("ltx2_core/x_triton.py", "import triton", "triton: Triton"),
         (
@@ -244,6 +278,14 @@ def test_functions_of_the_host_may_import_comfyui():
 def test_files_of_kernels_may_import_triton_and_functions_may_import_them():
     assert violations(ROOT / "kernels" / "x_triton.py", "import triton\nfrom .rotary_triton import launch") == []
     assert violations(ROOT / "kernels" / "x.py", "def f():\n    from .rotary_triton import launch") == []
+
+
+def test_sockets_are_connected_pairs():
+    for module in ALLOWED["socket"]:
+        tree = ast.parse(ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert names.isdisjoint({"accept", "bind", "connect", "create_connection", "create_server", "listen"})
+        assert names.isdisjoint({"AF_INET", "AF_INET6"})
 
 
 def test_every_unit_of_the_table_exists():

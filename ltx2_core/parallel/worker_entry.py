@@ -1,0 +1,35 @@
+"""The first file of a worker process, which is started by path. It imports nothing of the pack before it has placed it.
+
+``worker_entry.py DESCRIPTOR RANK SIZE GENERATION PARENT FOLDER``, as ``processes.py`` writes it.
+"""
+
+import pathlib
+import sys
+import types
+
+
+def place_pack() -> None:
+    """Make ``ltx2_engine`` a package over the pack's folder, as the root ``__init__`` does in the host."""
+    here = pathlib.Path(__file__).resolve().parent
+    # this folder has names such as messages.py: none of them is for everybody
+    sys.path[:] = [entry for entry in sys.path if pathlib.Path(entry or ".").resolve() != here]
+    package = types.ModuleType("ltx2_engine")
+    package.__path__ = [str(here.parents[1])]
+    sys.modules["ltx2_engine"] = package
+
+
+def enter() -> None:
+    """What comes before any other import: the pack's place, and the worker's end when its parent ends."""
+    place_pack()
+
+    from ltx2_engine.ltx2_core.parallel.parent_death import die_with_parent
+
+    die_with_parent(int(sys.argv[5]))
+
+
+if __name__ == "__main__":
+    enter()
+
+    from ltx2_engine.ltx2_core.parallel.worker_process import Echo, serve
+
+    serve(Echo)
