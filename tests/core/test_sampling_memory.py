@@ -47,22 +47,22 @@ def compare(name, predicted, measured, tolerance=TOLERANCE):
 # whole runs of a small model on the CPU -------------------------------------------------------------------------------
 
 
-def small_config(label):
+def small_config(label, dtype):
     config = TransformerConfig.from_config(released_config(label))
 
     def small(stream, head_dim):
         sizes = {"heads": 2, "head_dim": head_dim, "context_dim": 2 * head_dim}
         return replace(stream, **sizes, in_channels=CHANNELS, out_channels=CHANNELS)
 
-    # wide enough that a block's arena leaves no gaps between weights in either dtype
-    streams = config.streams.map(small, AV(128, 64))
+    # wide enough that a block's arena leaves no gaps between weights
+    streams = config.streams.map(small, AV(256 // dtype.itemsize, 128 // dtype.itemsize))
     caption = None if config.caption_channels is None else streams.video.context_dim
     return replace(config, streams=streams, num_layers=2, caption_channels=caption)
 
 
 def small_model(label, dtype):
     torch.manual_seed(0)
-    model = Transformer(small_config(label)).requires_grad_(False).to(dtype)
+    model = Transformer(small_config(label, dtype)).requires_grad_(False).to(dtype)
     for parameter in model.parameters():
         parameter.data = (torch.randn(parameter.shape) * 0.05).to(dtype)
     for block in model.blocks:
