@@ -27,7 +27,6 @@ log = logging.getLogger("ltx2.parallel")
 _POLL_SECONDS = 0.05
 # what the names of all threads of the pack begin with
 _OURS = "ltx2 "
-WORKER_ENTRY = Path(__file__).with_name("worker_entry.py")
 # libraries make Unix sockets in a worker's folder, whose whole path may have 107 bytes
 _MAX_TEMPORARY_PATH = 60
 
@@ -52,7 +51,7 @@ class Launch:
     """How workers are started. entry: the file that a worker runs. environment: variables beside those of every worker."""
 
     size: int
-    entry: Path = WORKER_ENTRY
+    entry: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     patience: Patience = Patience()
 

@@ -1,6 +1,7 @@
-"""The first file of a worker process, which is started by path. It imports nothing of the pack before it has placed it.
+"""The first lines of a worker process. It imports nothing of the pack before it has placed it.
 
-``worker_entry.py DESCRIPTOR RANK SIZE GENERATION PARENT FOLDER``, as ``processes.py`` writes it.
+A worker's own file, which is started by path, calls ``enter`` and then ``worker_process.serve`` with its handler:
+``ENTRY DESCRIPTOR RANK SIZE GENERATION PARENT FOLDER``, as ``processes.py`` writes it.
 """
 
 import pathlib
@@ -25,11 +26,3 @@ def enter() -> None:
     from ltx2_engine.ltx2_core.parallel.parent_death import die_with_parent
 
     die_with_parent(int(sys.argv[5]))
-
-
-if __name__ == "__main__":
-    enter()
-
-    from ltx2_engine.ltx2_core.parallel.worker_process import Echo, serve
-
-    serve(Echo)

@@ -197,16 +197,3 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-class Echo:
-    """Answers a job with what came with it: a handler to try processes and channel with."""
-
-    def __init__(self, seat: Seat) -> None:
-        self._seat = seat
-
-    def run(self, job: Job) -> Result:
-        return Result({**job.request.body, "rank": self._seat.rank}, job.request.tensors, job.request.placed)
-
-    def close(self) -> None:
-        pass
