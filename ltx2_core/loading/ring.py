@@ -4,6 +4,9 @@ A chunk is a run of bytes of one file that belong to one or more tensors: what t
 it in stretches. Tensors in host memory are read into directly; bytes for another device are read into a slot, a pinned
 buffer, and copied from there while the next are read. A slot is used again when the copies out of it are over.
 
+Copies are begun by the consumer, whenever it comes to ask for more: Python's threads take turns, every operation on a tensor
+ends a thread's turn, and the next is long in coming while the consumer is busy. A reader needs one turn a stretch.
+
 All slots together are small, for the processor's last cache: what a thread has written there the device then reads from
 there. Through slots that go by way of the memory, threads read half as fast (one H200: 40 GB/s where these reach 54, the
 link's rate).
@@ -11,6 +14,7 @@ link's rate).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -20,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -128,8 +132,8 @@ class Chunk:
     parts: (landing, how many bytes), in order. pieces: where they go, in order, as long as possible. complete: (place in
     the chunk, landing) of every tensor that ends here. stretches: what threads read of it, ``left`` of them are not over.
     reached: how many bytes were read. error: why it was not all of them. copied: the event that its copies end with. These
-    three are valid once the chunk is done. ready: the event after which nothing reads any more what lay in the memory
-    before; None when the copies wait for it already. lock: of what threads change while others have stretches of the chunk.
+    three are valid once none is left. ready: the event after which nothing reads any more what lay in the memory
+    before; None when the copies wait for it already.
     """
 
     file: Checkpoint
@@ -146,8 +150,6 @@ class Chunk:
     error: CheckpointError | None = None
     copied: Any = None
     ready: Any = None
-    done: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def full(self) -> bool:
@@ -194,7 +196,7 @@ class Chunk:
                 yield piece.target, piece.begin + begin, min(piece.begin + end, piece.end)
 
     def finish(self) -> None:
-        """Sum up its stretches when the last of them is over, and let go of what was needed to read them."""
+        """Sum up its stretches, when none is left, and let go of what was needed to read them."""
         for stretch in self.stretches:
             self.reached += stretch.reached
             if stretch.error is not None:
@@ -205,7 +207,6 @@ class Chunk:
         self.parts.clear()
         self.pieces.clear()
         self.stretches.clear()
-        self.done.set()
 
 
 # memory --------------------------------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ class Target:
         """Called first, in the thread of whoever consumes the tensors."""
 
     def enter_thread(self) -> None:
-        """Called first in every thread that copies."""
+        """Called first in every thread that makes slots."""
 
     def slot(self, size: int) -> PinnedMemory:
         """Host memory of at least that size that ``copy`` may be given."""
@@ -249,7 +250,7 @@ class Target:
         return None
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any) -> Any:
-        """Copy (to, from) pairs, after a mark if one is given.
+        """Begin to copy (to, from) pairs, after a mark if one is given; in the consumer's thread.
 
         Returns an event whose ``synchronize`` waits for these copies and for all before them, or None when they are over.
         """
@@ -278,7 +279,6 @@ class CudaTarget(Target):
 
     def enter_thread(self) -> None:
         torch.cuda.set_device(self.device)
-        torch.cuda.set_stream(self._stream)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # memory that the copy stream may write to without waiting for the caller's
@@ -294,14 +294,18 @@ class CudaTarget(Target):
         return self._consumer.record_event()
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: torch.cuda.Event | None) -> torch.cuda.Event:
-        if after is not None:
-            self._stream.wait_event(after)
-        for to, source in pairs:
-            to.copy_(source, non_blocking=True)
-        # blocking: a thread that waits for it sleeps
-        event = torch.cuda.Event(blocking=True)
-        event.record()
-        return event
+        torch.cuda.set_stream(self._stream)
+        try:
+            if after is not None:
+                self._stream.wait_event(after)
+            for to, source in pairs:
+                to.copy_(source, non_blocking=True)
+            # blocking: a thread that waits for it sleeps
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+            return event
+        finally:
+            torch.cuda.set_stream(self._current)
 
     def hand_over(self, copied: torch.cuda.Event | None) -> None:
         if copied is not None:
@@ -415,9 +419,11 @@ class Readers:
         self._stopped = stopped
         self._limit = max(1, threads or _default_threads())
         self._slots = [_Slot() for _ in range(self._limit + _SPARE_SLOTS)]
-        # there is always one for a thread that asks
-        self._free = deque(self._slots)
+        self._free: SimpleQueue[_Slot | None] = SimpleQueue()
+        for slot in self._slots:
+            self._free.put(slot)
         self._jobs: SimpleQueue[tuple[Chunk, Stretch] | None] = SimpleQueue()
+        self._fetched: SimpleQueue[tuple[Chunk, Stretch, _Slot | None]] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._files = _Files()
         self._end = False
@@ -432,27 +438,33 @@ class Readers:
                 thread = threading.Thread(target=self._run, name=f"ltx2 reader {len(self._threads)}", daemon=True)
                 thread.start()
                 self._threads.append(thread)
+        with contextlib.suppress(Empty):
+            while True:
+                self._arrive(*self._fetched.get_nowait())
 
     def wait(self, chunk: Chunk) -> None:
         """Return when the chunk is done. Raises Interrupted, and what went wrong in a thread outside of its file."""
         while True:
-            done = chunk.done.wait(_POLL_SECONDS)
+            with contextlib.suppress(Empty):
+                while chunk.left:
+                    self._arrive(*self._fetched.get(timeout=_POLL_SECONDS))
             if self._error is not None:
                 raise self._error
             if self._over():
                 raise Interrupted("reading was stopped")
-            if done:
+            if not chunk.left:
                 return
 
     def close(self) -> None:
         """Stop; returns when no thread is left, and lets go of all memory."""
         self._end = True
         for _ in self._threads:
+            self._free.put(None)
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
         # this object lives on in the traceback of an error: it lets go of chunks that nobody came to read
-        self._jobs = SimpleQueue()
+        self._jobs, self._fetched = SimpleQueue(), SimpleQueue()
         self._error = None
         self._return_slots()
         self._files.close()
@@ -465,35 +477,55 @@ class Readers:
                 slot.event.synchronize()
         self._target.give_back([slot.memory for slot in used if slot.memory is not None])
         self._slots.clear()
-        self._free.clear()
+        self._free = SimpleQueue()
 
     def _over(self) -> bool:
         self._end = self._end or self._stopped()
         return self._end
 
+    def _arrive(self, chunk: Chunk, stretch: Stretch, slot: _Slot | None) -> None:
+        if slot is not None:
+            self._copy(chunk, stretch, slot)
+            self._free.put(slot)
+        chunk.left -= 1
+        if not chunk.left:
+            chunk.finish()
+
+    def _copy(self, chunk: Chunk, stretch: Stretch, slot: _Slot) -> None:
+        assert slot.memory is not None, "something was read into it"
+        memory, pairs, position = slot.memory.memory, [], 0
+        # copies need none of autograd's bookkeeping
+        with torch.inference_mode():
+            # what was not read is not copied
+            for target, begin, end in chunk.within(Stretch(stretch.begin, stretch.begin + stretch.reached)):
+                pairs.append((target[begin:end], memory[position : position + end - begin]))
+                position += end - begin
+            # copies run one after another: the event of the last is that of all
+            slot.event = chunk.copied = self._target.copy(pairs, chunk.ready)
+            chunk.ready = None
+
+    # in readers' threads
+
     def _run(self) -> None:
         try:
-            # copies need none of autograd's bookkeeping
-            with torch.inference_mode():
-                self._target.enter_thread()
-                while (job := self._jobs.get()) is not None and not self._over():
-                    self._fill(*job)
+            self._target.enter_thread()
+            # the slot comes first: the stretch that is needed next is always in the hands of a thread that has one
+            while (slot := self._free.get()) is not None and (job := self._jobs.get()) is not None:
+                if self._over():
+                    return
+                self._fill(*job, slot)
         except BaseException as error:
             self._error = error
 
-    def _fill(self, chunk: Chunk, stretch: Stretch) -> None:
+    def _fill(self, chunk: Chunk, stretch: Stretch, slot: _Slot) -> None:
         if chunk.in_host_memory:
+            self._free.put(slot)
             self._read(chunk, stretch, [target[begin:end] for target, begin, end in chunk.within(stretch)])
+            self._fetched.put((chunk, stretch, None))
         else:
-            slot = self._free.popleft()
             memory = self._emptied(slot)
             self._read(chunk, stretch, [memory.numpy().data[: stretch.end - stretch.begin]])
-            self._copy(chunk, stretch, slot, memory)
-            self._free.append(slot)
-        with chunk.lock:
-            chunk.left -= 1
-            if not chunk.left:
-                chunk.finish()
+            self._fetched.put((chunk, stretch, slot))
 
     def _emptied(self, slot: _Slot) -> Tensor:
         """The slot's memory when nothing is copied from it any more."""
@@ -517,17 +549,6 @@ class Readers:
             # without its traceback, whose frames would hold the chunk and with it tensors
             stretch.error = error.with_traceback(None)
         self._adapt(time.monotonic() - started, size)
-
-    def _copy(self, chunk: Chunk, stretch: Stretch, slot: _Slot, memory: Tensor) -> None:
-        pairs, position = [], 0
-        # what was not read is not copied
-        for target, begin, end in chunk.within(Stretch(stretch.begin, stretch.begin + stretch.reached)):
-            pairs.append((target[begin:end], memory[position : position + end - begin]))
-            position += end - begin
-        with chunk.lock:
-            # in the order of the copies: the event of the last is that of all
-            slot.event = chunk.copied = self._target.copy(pairs, chunk.ready)
-            chunk.ready = None
 
     def _adapt(self, seconds: float, size: int) -> None:
         if seconds > _SLOW_SECONDS:

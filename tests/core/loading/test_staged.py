@@ -61,7 +61,7 @@ class Late(ring.Target):
         self.thread = threading.Thread(target=self.run, name="late stream", daemon=True)
         self.thread.start()
         self.slots = 0
-        self.entered = threading.local()
+        self.consumer = threading.current_thread()
         self.made = None
 
     def run(self):
@@ -71,9 +71,6 @@ class Late(ring.Target):
                 for to, source in pairs:
                     to.copy_(source)
             event.set()
-
-    def enter_thread(self):
-        self.entered.yes = True
 
     def slot(self, size):
         self.slots += 1
@@ -89,7 +86,7 @@ class Late(ring.Target):
         return self.given_is_host and tensor is not self.made
 
     def copy(self, pairs, after):
-        assert self.entered.yes, "copies belong to prepared threads"
+        assert threading.current_thread() is self.consumer, "copies are begun by the consumer"
         event = threading.Event()
         event.synchronize = event.wait
         self.queue.put((pairs, event))
