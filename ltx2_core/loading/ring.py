@@ -41,10 +41,11 @@ CHUNK_BYTES = 32 * 1024 * 1024
 MIN_CHUNK_BYTES = 4 * 1024 * 1024
 # how many chunks have their places in memory before the consumer gets to them
 DEPTH = 24
-SLOT_BYTES = 8 * 1024 * 1024
+SLOT_BYTES = 16 * 1024 * 1024
 # slots that are copied from while every thread has one
-_SPARE_SLOTS = 6
-MAX_THREADS = 12
+_SPARE_SLOTS = 4
+# together they copy faster than a link takes it
+MAX_THREADS = 10
 # below os.preadv's limit of 1024 buffers
 _MAX_TENSORS = 256
 # waiting for a disk takes no core, so a few threads are worth more than cores
