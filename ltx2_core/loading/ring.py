@@ -45,7 +45,7 @@ SLOT_BYTES = 16 * 1024 * 1024
 # slots that are copied from while every thread has one
 _SPARE_SLOTS = 4
 # together they copy faster than a link takes it
-MAX_THREADS = 10
+MAX_THREADS = 12
 # below os.preadv's limit of 1024 buffers
 _MAX_TENSORS = 256
 # waiting for a disk takes no core, so a few threads are worth more than cores
@@ -253,7 +253,8 @@ class Target:
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any) -> Any:
         """Begin to copy (to, from) pairs, after a mark if one is given; in the consumer's thread.
 
-        Returns an event whose ``synchronize`` waits for these copies and for all before them, or None when they are over.
+        Returns an event whose ``query`` tells whether these copies and all before them are over and whose ``synchronize``
+        waits for that, or None when they are.
         """
         for to, source in pairs:
             to.copy_(source)
@@ -532,7 +533,8 @@ class Readers:
         """The slot's memory when nothing is copied from it any more."""
         if slot.memory is None:
             slot.memory = self._target.slot(SLOT_BYTES)
-        if slot.event is not None:
+        # asking does not end the thread's turn, waiting does
+        if slot.event is not None and not slot.event.query():
             slot.event.synchronize()
         return slot.memory.memory
 

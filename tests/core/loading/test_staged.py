@@ -88,7 +88,7 @@ class Late(ring.Target):
     def copy(self, pairs, after):
         assert threading.current_thread() is self.consumer, "copies are begun by the consumer"
         event = threading.Event()
-        event.synchronize = event.wait
+        event.query, event.synchronize = event.is_set, event.wait
         self.queue.put((pairs, event))
         return event
 
@@ -384,7 +384,7 @@ def test_few_chunks_start_few_threads(file, sizes):
     assert max(seen) == 3
 
 
-@pytest.mark.parametrize(("cores", "threads"), [(1, 4), (4, 4), (8, 6), (12, 10), (18, 10), (128, 10)])
+@pytest.mark.parametrize(("cores", "threads"), [(1, 4), (4, 4), (8, 6), (14, 12), (18, 12), (128, 12)])
 def test_readers_leave_cores_to_those_that_they_read_for(monkeypatch, cores, threads):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     assert ring._default_threads() == threads
