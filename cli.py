@@ -65,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="of a new queue: after how long without a sign of life a job is taken from its worker (default 180)",
     )
+    batch.add_argument("--ray", metavar="ADDRESS", help="run the jobs on this Ray cluster; local: one on this machine")
+    batch.add_argument("--nodes", type=int, metavar="N", help="with --ray: workers (default: one a GPU, or a machine)")
+    batch.add_argument(
+        "--gpus", type=int, metavar="N", help="with --ray: GPUs of each worker (default 1, or 0 without)"
+    )
     _common_options(batch)
 
     tiny = commands.add_parser("tiny", help="write a tiny random model set, to try workflows on any machine")
@@ -177,6 +182,7 @@ def _batch(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int
     from .ltx2_core.host import Interrupted
     from .ltx2_core.paths import PathError
     from .nodes.runner.job_queue import QueueError
+    from .nodes.runner.ray_nodes import ClusterError
     from .nodes.runner.workflow import WorkflowError
 
     stray = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
@@ -190,7 +196,7 @@ def _batch(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int
             return report.finish(queue, failed_before)
         except WorkflowError as error:
             print("ltx2:", *error.lines(), file=sys.stderr)
-        except (QueueError, PathError) as error:
+        except (QueueError, PathError, ClusterError) as error:
             print(f"ltx2: {error}", file=sys.stderr)
         except (Interrupted, KeyboardInterrupt):
             print("ltx2: interrupted; what ran here waits in the queue again", file=sys.stderr)
@@ -203,6 +209,8 @@ def _open_queue(options: argparse.Namespace) -> JobQueue:
     from .nodes.runner.job_queue import EXPIRY, JobQueue, QueueError
     from .nodes.runner.workflow import decode_workflow, find_workflows, read_bytes
 
+    if options.ray is None and (options.nodes is not None or options.gpus is not None):
+        raise QueueError("--nodes and --gpus say what to take of a Ray cluster: name it with --ray ADDRESS")
     if options.join is not None:
         if options.flows or options.set or options.expiry is not None or options.add_only:
             raise QueueError("--join only runs what is in a queue; to add to it, name the queue: FLOW ... --queue DIR")
@@ -223,9 +231,26 @@ def _serve(
 ) -> None:
     from .nodes.runner.batch import serve
 
+    if options.ray is not None:
+        _serve_with_ray(queue, options, report)
+        return
     session = _session(options, nodes, "quiet" if options.json else "bar", keep_models=True)
     with session.host.signals():
         serve(queue, session, report.job, wait=options.wait)
+
+
+def _serve_with_ray(queue: JobQueue, options: argparse.Namespace, report: _BatchReport) -> None:
+    from .nodes.runner import ray_nodes
+    from .nodes.runner.session import RunnerHost
+
+    cluster = ray_nodes.Cluster(options.ray, options.nodes, options.gpus)
+    host = RunnerHost(progress="quiet")
+    # Ray has a handler of signals of its own, so ours come behind it
+    with (
+        ray_nodes.workers(cluster, _folders(options), metadata=not options.disable_metadata) as workers,
+        host.signals(),
+    ):
+        ray_nodes.serve(queue, workers, host, report.job, wait=options.wait)
 
 
 def _tiny(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int:

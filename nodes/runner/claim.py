@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _LOG = logging.getLogger("ltx2.queue")
 
@@ -141,20 +140,28 @@ class Claim:
 
 
 class Heartbeat:
-    """Renews a claim inside a ``with`` block, by a thread, every so many seconds. ``lost``: another worker has the job."""
+    """Renews a claim by a thread, every so many seconds, from ``start`` to ``stop`` or inside a ``with`` block.
+
+    ``lost``: another worker has the job."""
 
     def __init__(self, claim: Claim, every: float):
         self.lost = False
         self._claim, self._every, self._end = claim, every, threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"heartbeat {claim.name}", daemon=True)
 
-    def __enter__(self) -> Heartbeat:
+    def start(self) -> Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def stop(self) -> None:
         self._end.set()
         self._thread.join()
+
+    def __enter__(self) -> Heartbeat:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
 
     def _run(self) -> None:
         while not self._end.wait(self._every):
