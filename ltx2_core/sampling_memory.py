@@ -105,6 +105,7 @@ def sampling_work_bytes(
     unpack_bytes: int = 0,
     fused: bool = False,
     eight_bit: bool = False,
+    ulysses: int = 1,
 ) -> WorkBytes:
     """The most that sampling takes beside the weights.
 
@@ -112,13 +113,31 @@ def sampling_work_bytes(
     batch: samples. passes: of a step. mode: ``split`` or ``batched``. dtype: of activations.
     levels: distinct values of each stream's mask. biased: which streams' self attention has weights.
     unpack_bytes: the most that unpacking one packed weight holds. fused: whether fused kernels run.
-    eight_bit: whether blocks compute in eight bits.
+    eight_bit: whether blocks compute in eight bits. ulysses: ranks that share the video's tokens.
 
     Without the workspaces of a GPU's libraries. Split passes count as if they differed from the first block on.
     Raises ValueError for an unknown mode.
     """
     if mode not in ("split", "batched"):
         raise ValueError(f"evaluation mode {mode!r} is not known; choose split or batched")
+    if ulysses > 1 and tokens.video:
+        share = sampling_work_bytes(
+            config,
+            AV(-(-tokens.video // ulysses), tokens.audio),
+            text_tokens,
+            batch=batch,
+            passes=passes,
+            mode=mode,
+            dtype=dtype,
+            levels=levels,
+            biased=biased,
+            sampler=sampler,
+            unpack_bytes=unpack_bytes,
+            fused=fused,
+            eight_bit=eight_bit,
+        )
+        whole = _whole_on_every_rank(config, tokens.video, batch * passes, biased.video, dtype)
+        return WorkBytes(share.allocated + whole, share.reserved + whole)
     split = mode == "split"
     samples = batch if split else batch * passes
     # split passes have inputs of their own for either prompt, also where all of them read the same
@@ -184,3 +203,12 @@ def sampling_work_bytes(
         )
     allocated = sum(one.kept + one.text for one in streams) + waiting + work
     return WorkBytes(allocated, allocated + _FRAGMENTED * max(one.width for one in streams))
+
+
+def _whole_on_every_rank(config: TransformerConfig, tokens: int, samples: int, biased: bool, dtype: torch.dtype) -> int:
+    """The most of a shared picture that every rank has of all tokens: while tables are made, and what stays."""
+    video = config.streams.video
+    tables = tokens * (video.dim + 2 * config.cross_dim) * dtype.itemsize
+    latents = samples * tokens * video.in_channels * (_TOKEN_COPIES * dtype.itemsize + 3 * 8)
+    weights = 3 * samples * tokens**2 * dtype.itemsize if biased else 0
+    return tables + latents + weights

@@ -37,7 +37,9 @@ ALLOWED = {
 }
 
 # they make the package before it can be imported
-PLACE_THE_PACK = {"__init__", "cli", "ltx2_core.parallel.worker_entry", "nodes.runner.ray_nodes"}
+PLACE_THE_PACK = {"__init__", "cli", "nodes.runner.ray_nodes"} | {
+    f"ltx2_core.parallel.{name}" for name in ("worker", "worker_entry")
+}
 
 # the longest entry that contains a file says from which units of the pack it may import, beside its own
 MAY_IMPORT = {
@@ -52,6 +54,7 @@ MAY_IMPORT = {
     "ltx2_core.parallel.groups": BASE | {"ltx2_core.parallel.context"},
     "ltx2_core.parallel.sequence": BASE
     | {f"ltx2_core.{name}" for name in ("parallel.context", "transformer.inputs", "transformer.rope")},
+    "ltx2_core.parallel.topology": BASE | {"ltx2_core.parallel.groups", "ltx2_core.sampling.guidance"},
     "ltx2_core.parallel": BASE,
     "ltx2_core.sampling": BASE | {"kernels", "ltx2_core.conditioning.state"},
     "ltx2_core.text": BASE | HEADERS | {"kernels", "ltx2_core.loading.write"},
