@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import sys
+import tempfile
 import time
 import traceback
 import uuid
@@ -118,6 +119,11 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int:
+    from .nodes.runner.torchrun import Place
+
+    place = Place.of_environment()
+    if place is not None and place.rank:
+        options.json, options.quiet = False, True
     report = _Report(sys.stdout, options)
     # in JSON mode stdout carries events only, whatever a node or a library prints
     stray = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
@@ -160,9 +166,24 @@ def _run_workflow(options: argparse.Namespace, nodes: Mapping[str, type] | None,
     from .nodes.runner.workflow import read_workflow
 
     workflow = read_workflow(options.flow)
-    session = _session(options, nodes, "json" if options.json else "bar", on_event=report.event)
-    with session.host.signals():
-        return session.run(workflow, options.output, options.set)
+    with _ranks(options) as output:
+        session = _session(options, nodes, "json" if options.json else "bar", on_event=report.event)
+        with session.host.signals():
+            return session.run(workflow, output, options.set)
+
+
+@contextlib.contextmanager
+def _ranks(options: argparse.Namespace) -> Iterator[Path]:
+    """Under torchrun all processes make one video, and rank 0 alone shows and keeps it. Yields the folder to save into."""
+    from .nodes.runner.torchrun import Place, joined
+
+    place = Place.of_environment()
+    if place is None:
+        yield options.output
+        return
+    place.take_gpu()
+    with joined(place), tempfile.TemporaryDirectory(prefix="ltx2-") as unseen:
+        yield options.output if place.rank == 0 else Path(unseen)
 
 
 def _session(options: argparse.Namespace, nodes: Mapping[str, type] | None, progress: str, **more: Any) -> Session:
@@ -230,7 +251,12 @@ def _serve(
     queue: JobQueue, options: argparse.Namespace, nodes: Mapping[str, type] | None, report: _BatchReport
 ) -> None:
     from .nodes.runner.batch import serve
+    from .nodes.runner.torchrun import Place
 
+    place = Place.of_environment()
+    if place is not None:
+        # each process of torchrun takes whole jobs, on a GPU of its own
+        place.take_gpu()
     if options.ray is not None:
         _serve_with_ray(queue, options, report)
         return

@@ -43,7 +43,7 @@ from .parallel.topology import StageWork
 from .phases import phase
 from .preflight import open_files
 from .preview import Previewer
-from .ranks import ALONE, Ranks, Seat
+from .ranks import ALONE, Ranks, Seat, ranks_of_process
 from .sampling.denoise import Denoiser
 from .sampling.guidance import GuidancePass, StreamGuidance, evaluation_mode
 from .sampling.noise import SamplerNoise, generator, noise_source, noised
@@ -328,7 +328,8 @@ class LocalEngine:
         whole = self._work(stage, passes, "batched", job.sampler.name, ranks.size)
         batched_fits = free is None or whole(clip).reserved <= free
         # groups take passes apart
-        choice = "split" if job.evaluation == "auto" and not wanted.startswith(("auto", "1x")) else job.evaluation
+        apart = ranks.takes_passes_apart or not wanted.startswith(("auto", "1x"))
+        choice = "split" if job.evaluation == "auto" and apart else job.evaluation
         mode = evaluation_mode(choice, len(passes), clip.num_video_tokens, batched_fits=batched_fits)
         sizes = StageWork(stage.tokens.video or 0, stage.text_tokens, self.config.transformer)
         return mode, ranks.topology(sizes, passes, wanted, batched=mode == "batched")
@@ -502,6 +503,10 @@ def open_engine(spec: ModelSpec) -> LocalEngine | FleetEngine:
     """
     engine = _engines.get(spec)
     if engine is None:
+        if spec.ranks > 1 and ranks_of_process() is not ALONE:
+            raise ValueError(
+                f"torchrun has started one process for each GPU: choose 1 GPU in the model, not {spec.ranks}"
+            )
         if spec.ranks > 1:
             from .fleet.engine import FleetEngine
 
@@ -512,7 +517,7 @@ def open_engine(spec: ModelSpec) -> LocalEngine | FleetEngine:
             engine = LocalEngine(replace(base.files, spec=spec), base)
             engine.expect_loras()
         else:
-            engine = LocalEngine(open_files(spec))
+            engine = LocalEngine(open_files(spec), ranks=ranks_of_process())
         _engines[spec] = engine
     return engine
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,6 +40,8 @@ class Ranks:
 
     rank = 0
     size = 1
+    # whether passes are evaluated one by one where nobody chose, because groups share them
+    takes_passes_apart = False
 
     def agree(self, work: Callable[[], T]) -> T:
         """What ``work`` returns, if it succeeds on all ranks. Raises on all ranks if it fails on one."""
@@ -59,3 +62,19 @@ class Ranks:
 
 
 ALONE = Ranks()
+_current: ContextVar[Ranks] = ContextVar("ltx2_ranks", default=ALONE)
+
+
+def ranks_of_process() -> Ranks:
+    """The ranks that this process belongs to, with all of its engines."""
+    return _current.get()
+
+
+@contextmanager
+def use_ranks(ranks: Ranks) -> Iterator[None]:
+    """Engines that are opened inside the block sample with ``ranks``."""
+    token = _current.set(ranks)
+    try:
+        yield
+    finally:
+        _current.reset(token)

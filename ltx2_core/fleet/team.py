@@ -17,10 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..av import AV
 from ..graphs import RunAhead
 from ..host import Interrupted
-from ..parallel.collectives import Control, broadcast, connect, join, leave
+from ..parallel.collectives import Control, connect, join, leave
 from ..parallel.context import Collectives, ParallelContext
 from ..parallel.gates import Board, Gates
 from ..parallel.groups import PassGroups, Topology
@@ -28,8 +27,8 @@ from ..parallel.topology import LINK_SPEED, StageWork, choose_topology, name
 from ..parallel.worker_process import REPEATABLE, Job
 from ..parallel.worker_process import Seat as WorkerSeat
 from ..ranks import Ranks, Seat
-from ..sampling.denoise import Evaluate
 from ..sampling.guidance import GuidancePass
+from ..settled import settled
 from .link_speed import measured_link_speed
 from .worker_host import WorkerHost
 
@@ -131,7 +130,7 @@ class Team(Ranks):
             groups = PassGroups(groups.own, groups.count, _Gated(groups.collectives, gates))
         with self._host.deaf():
             try:
-                yield Seat(gates.before_block, parallel, groups, self._settled)
+                yield Seat(gates.before_block, parallel, groups, settled)
             except Interrupted as stop:
                 # gates stop all ranks
                 self.agreed_error = stop
@@ -159,22 +158,6 @@ class Team(Ranks):
             ahead.enqueued()
 
         return pace
-
-    def _settled(self, evaluate: Evaluate) -> Evaluate:
-        """The predictions of rank 0 where each rank has computed all by itself: sound, and a picture that is not shared."""
-
-        def settled(x: AV[Tensor], sigma: float, enabled: AV[bool]) -> Sequence[AV[Tensor]]:
-            velocities = evaluate(x, sigma, enabled)
-
-            def of_rank_0(_: Tensor, *passes: Tensor) -> Tensor:
-                together = torch.stack(passes)
-                broadcast(together)
-                return together
-
-            parts = x.map(of_rank_0, *velocities)
-            return [parts.map(lambda passes, index=index: passes[index]) for index in range(len(velocities))]
-
-        return settled
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,14 @@ def join(
     )
 
 
+def join_by_environment(backend: str, timeout: timedelta, device: torch.device | None) -> None:
+    """Meet the other ranks where the variables of torchrun say, on the network interfaces that the administrator chose.
+
+    device: the GPU of this rank, for NCCL.
+    """
+    dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device)
+
+
 def leave() -> None:
     """End all groups."""
     dist.destroy_process_group()
