@@ -85,6 +85,7 @@ class LocalEngine:
 
     _networks: dict[str, Component[Any]]
     _text_encoder: Component[Any]
+    _ranks: Ranks
 
     def __init__(self, files: ModelFiles, base: LocalEngine | None = None, ranks: Ranks = ALONE):
         """base: the engine of the same files without LoRAs, whose networks this one uses with its own LoRAs.

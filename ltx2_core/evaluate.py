@@ -46,7 +46,7 @@ def batched_evaluate(
 
     Nothing in the returned function waits for the device: levels, masks and tables are built now.
     """
-    assert groups is ONE_GROUP, "batched passes belong to one group"
+    assert groups.count == 1, "batched passes belong to one group"
     prompts = _project(model, states, positive, negative)
     contexts = states.map(lambda _, *both: torch.cat([both[one.negative] for one in passes]), *prompts)
     templates = _templates(model, states, contexts, len(passes), parallel)

@@ -10,7 +10,6 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,6 @@ def _built(kind: type[Any], fields: dict[str, Any]) -> Any:
     return kind(**fields)
 
 
-@cache
 def _hints(kind: type[Any]) -> dict[str, Any]:
     found = typing.get_type_hints(kind, localns=_NAMES)
     return {one.name: found[one.name] for one in dataclasses.fields(kind)}

@@ -26,23 +26,26 @@ class Displays:
         for shown in reversed(self._open.values()):
             shown.stack.close()
 
-    def show(self, rank: int, message: Message) -> None:
+    def show(self, _: int, message: Message) -> None:
         """An event of a worker; raises what the host's display raises when the user interrupts."""
-        number = message.body.get("display")
-        if not is_count(number):
-            raise MessageError(f"progress of rank {rank} belongs to no display")
+        number = _count(message, "display")
         if message.body.get("done") is True:
             if number in self._open:
                 self._open.pop(number).stack.close()
             return
-        value, total, label = (message.body.get(name) for name in ("value", "total", "label"))
-        if not (is_count(value) and is_count(total) and isinstance(label, str)):
-            raise MessageError(f"progress of rank {rank} is no value of a total: {str(dict(message.body))[:100]}")
+        value, total, label = _count(message, "value"), _count(message, "total"), str(message.body.get("label"))
         if number not in self._open:
             stack = contextlib.ExitStack()
             self._open[number] = _Shown(stack, stack.enter_context(host().progress(total, label)))
         picture = message.tensor("picture", torch.uint8, (None, None, 3)) if "picture" in message.tensors else None
         self._open[number].report(value, total, picture)
+
+
+def _count(message: Message, name: str) -> int:
+    found = message.body.get(name)
+    if not is_count(found):
+        raise MessageError(f"{name} of a worker's progress must be a count, found {str(found)[:100]!r}")
+    return int(found)  # type: ignore[arg-type]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..components import adapters_of
 from ..conditioning.latent import AVLatent
-from ..host import host
+from ..host import HostOutOfMemory, host
 from ..job import DecodedClip, SampleJob, check_latents, planned_passes
 from ..model_files import ModelFiles
 from ..model_spec import ModelSpec, rank_devices
@@ -32,47 +33,82 @@ from .requests import FRAMES, pack
 
 log = logging.getLogger("ltx2.engine")
 
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+Answers = tuple[tuple[Message, ...], dict[str, Tensor]]
+
 ENTRY = Path(__file__).resolve().parents[1] / "parallel" / "worker.py"
 
 
-class Fleet:
-    """The workers of one model, for engines with any LoRAs; the host sees what they hold as a resident.
-
-    They start with the first job and end with the last engine that has them, with ``close``, and with this process.
-    """
+class Workers:
+    """The workers of one model, which the host sees as a resident: what it asks back, all of them give."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        """Raises ValueError for more devices than there are."""
+        """Raises ValueError for more devices than there are. Starts nothing."""
         self.devices = rank_devices(spec.device, spec.ranks, host().compute_devices())
         self.label = f"{spec.ranks} workers of {spec.checkpoint.name}"
         level = logging.getLogger("ltx2").getEffectiveLevel()
         environment = {DEVICES: ",".join(self.devices), LOG_LEVEL: str(level)}
-        self._group = WorkerGroup(Launch(spec.ranks, ENTRY, environment))
+        self.group = WorkerGroup(Launch(spec.ranks, ENTRY, environment))
         self._held = [0] * spec.ranks
+
+    def admit(self, weight_bytes: int) -> None:
+        """Have the host make room for so many bytes on every GPU, as far as it can: workers plan with what there is."""
+        for device in dict.fromkeys(self.devices):
+            if device != "cpu":
+                with contextlib.suppress(HostOutOfMemory):
+                    host().admit(self, device, max(weight_bytes, self.bytes_on(device)), 0)
+
+    def note_held(self, answers: tuple[Message, ...]) -> None:
+        """What every worker says that it holds."""
+        self._held = [int(answer.body.get("held", 0)) for answer in answers]
+
+    def bytes_on(self, device: str) -> int:
+        return sum(held for own, held in zip(self.devices, self._held, strict=True) if own == device)
+
+    def release(self, device: str, wanted: int | None) -> int:
+        """End the workers, unless they have a job: what one of them gives up, the others cannot use alone."""
+        held = self.bytes_on(device)
+        if not held or self.group.busy:
+            return 0
+        self._end()
+        return held
+
+    def close(self) -> None:
+        self._end()
+        host().retire(self)
+
+    def _end(self) -> None:
+        self.group.close()
+        self._held = [0] * len(self.devices)
+
+
+class Fleet:
+    """What engines of one model with any LoRAs share: workers, which start with the first job and end with ``close``, with
+    the last of these engines, and with this process."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.workers = Workers(spec)
+        # the host keeps residents alive
+        weakref.finalize(self, self.workers.close)
 
     @property
     def generation(self) -> int:
         """Number of the workers that are there, or were there last."""
-        return self._group.generation
+        return self.workers.group.generation
 
-    def run(
-        self,
-        name: str,
-        spec: ModelSpec,
-        arguments: Mapping[str, Any],
-        out: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] | None = None,
-    ) -> tuple[tuple[Message, ...], dict[str, Tensor]]:
-        """Have all ranks do a job: their answers, and large results by name.
+    def run(self, name: str, files: ModelFiles, arguments: Mapping[str, Any], out: Shapes) -> Answers:
+        """Have all ranks do a job: their answers, and large results (``out``: dtypes and shapes) by name.
 
-        Raises what the host raises when the user interrupts, ValueError for a job that all ranks refuse, WorkersBusy while
+        Raises what the host raises when the user interrupts, ValueError for a job that the workers refuse, WorkersBusy while
         another job runs, and WorkerError with rank and stage for all else; the next job works again.
         """
-        request = pack(name, spec, arguments, out or {})
+        self.workers.admit(_transformer_bytes(files))
+        request = pack(name, files.spec, arguments, out)
         segment = request.segment
         try:
-            results = {key: segment.tensor(request.placed[key]) for key in out or {} if segment is not None}
+            results = {key: segment.tensor(request.placed[key]) for key in out if segment is not None}
             with Displays() as displays:
-                answers = self._group.run(request, watch=host().check_interrupt, on_progress=displays.show)
+                answers = self.workers.group.run(request, watch=host().check_interrupt, on_progress=displays.show)
         except WorkerError as error:
             if error.error == "ValueError":
                 raise ValueError(error.reason) from error
@@ -80,29 +116,13 @@ class Fleet:
         finally:
             if segment is not None:
                 segment.close()
-        self._note_held(answers)
+        self.workers.note_held(answers)
         return answers, results
 
-    def close(self) -> None:
-        """End the workers, which gives all memory back; the next job starts them again."""
-        self._group.close()
-        self._held = [0] * len(self.devices)
 
-    # the host's side --------------------------------------------------------------------------------------------------
-
-    def bytes_on(self, device: str) -> int:
-        return sum(held for own, held in zip(self.devices, self._held, strict=True) if own == device)
-
-    def release(self, device: str, wanted: int | None) -> int:
-        """End the workers: what one of them gives back, all of them have to read again."""
-        held = self.bytes_on(device)
-        if held and not self._group.busy:
-            self.close()
-            return held
-        return 0
-
-    def _note_held(self, answers: tuple[Message, ...]) -> None:
-        self._held = [int(answer.body.get("held", 0)) for answer in answers]
+def _transformer_bytes(files: ModelFiles) -> int:
+    """As they lie in the file, which is about what they take on a device."""
+    return sum(tensor.size_bytes for file in files.of("transformer") for tensor in file.tensors.values())
 
 
 _fleets: weakref.WeakValueDictionary[ModelSpec, Fleet] = weakref.WeakValueDictionary()
@@ -167,7 +187,7 @@ class FleetEngine:
         """Decode a latent to frames and sound, on rank 0. Raises ValueError for one that was not sampled."""
         check_latents(latent, self.config)
         video, clip = latent.latents.video, latent.clip
-        shapes = {}
+        shapes: Shapes = {}
         if video is not None:
             shapes = {FRAMES: (torch.float32, (video.shape[0], clip.frames, clip.height, clip.width, 3))}
         answers, results = self._run("decode", shapes, latent=latent, tiling=tiling_choice)
@@ -181,16 +201,14 @@ class FleetEngine:
 
     def close(self) -> None:
         """Give all memory back, also that of engines that differ in LoRAs only; a later use starts fresh workers."""
-        self._fleet.close()
+        self._fleet.workers.close()
 
     def _value(self, name: str, kind: type[Any], **arguments: Any) -> Any:
         answers, _ = self._run(name, **arguments)
         return _value_of(answers[0], kind)
 
-    def _run(
-        self, name: str, out: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] | None = None, **arguments: Any
-    ) -> tuple[tuple[Message, ...], dict[str, Tensor]]:
-        return self._fleet.run(name, self.files.spec, arguments, out)
+    def _run(self, name: str, out: Shapes | None = None, **arguments: Any) -> Answers:
+        return self._fleet.run(name, self.files, arguments, out or {})
 
 
 def _value_of(answer: Message, kind: type[Any]) -> Any:

@@ -51,6 +51,7 @@ class EngineJobs:
 
     def run(self, job: Job) -> Result:
         request = unpack(job.request)
+        job.enter_stage(request.name)
         preview = request.arguments.get("preview")
         try:
             with self._host.running(job, preview), use_host(self._host), torch.inference_mode():

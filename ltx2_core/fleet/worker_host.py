@@ -16,6 +16,8 @@ from ..standalone import StandaloneHost
 
 # more reports than that nobody sees
 _REPORT_SECONDS = 0.05
+# a rank that reads slowly while the others wait for it must not be taken for dead
+_LIFE_SIGN_SECONDS = 5.0
 
 
 class WorkerHost(StandaloneHost):
@@ -70,7 +72,7 @@ class WorkerHost(StandaloneHost):
     def progress(self, total: int, label: str, node_id: str | None = None) -> _Reports:
         self.job.enter_stage(label.encode("ascii", "replace").decode()[:MAX_LABEL])
         self._displays += 1
-        return _Reports(self, self.job if self._rank == 0 else None, self._displays, total, label)
+        return _Reports(self, self.job, self._displays, total, label, shows=self._rank == 0)
 
     def wants_preview(self, channels: int) -> PreviewSpec | None:
         fits = self._preview is not None and self._rank == 0 and len(self._preview.factors) == channels
@@ -84,10 +86,10 @@ class WorkerHost(StandaloneHost):
 
 
 class _Reports:
-    """A display in the parent, by number. ``job``: None on ranks that show nothing."""
+    """A display in the parent, by number. shows: else the parent only hears that this rank lives."""
 
-    def __init__(self, host: WorkerHost, job: Job | None, number: int, total: int, label: str) -> None:
-        self._host, self._job, self._number = host, job, number
+    def __init__(self, host: WorkerHost, job: Job, number: int, total: int, label: str, *, shows: bool) -> None:
+        self._host, self._job, self._number, self._shows = host, job, number, shows
         self._total, self._label, self._value = total, label, 0
         self._told = float("-inf")
 
@@ -96,7 +98,7 @@ class _Reports:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._job is not None:
+        if self._shows:
             self._job.progress({"display": self._number, "done": True})
 
     def step(self, n: int = 1, picture: Any = None) -> None:
@@ -106,16 +108,18 @@ class _Reports:
         self._report(value, total, None)
 
     def _report(self, value: int, total: int | None, picture: Any) -> None:
-        changed = (value, total) != (self._value, None)
         self._value, self._total = value, self._total if total is None else total
-        is_due = value >= self._total or time.monotonic() - self._told > _REPORT_SECONDS
-        if picture is not None or (changed and is_due):
+        since = time.monotonic() - self._told
+        if self._shows and (picture is not None or value >= self._total or since > _REPORT_SECONDS):
             self._tell(picture)
+        elif since > _LIFE_SIGN_SECONDS:
+            self._tell(None)
         self._host.check_interrupt()
 
     def _tell(self, picture: Any) -> None:
-        if self._job is None:
-            return
         self._told = time.monotonic()
+        if not self._shows:
+            self._job.tell("stage")
+            return
         body = {"display": self._number, "label": self._label, "value": self._value, "total": self._total}
         self._job.progress(body, {} if picture is None else {"picture": torch.from_numpy(picture)})
