@@ -150,8 +150,9 @@ def ranks(size, per_machine, exchanged=()):
 @pytest.fixture(scope="module")
 def work():
     from ltx2_engine.ltx2_core.config.released import released_config
+    from ltx2_engine.ltx2_core.config.transformer import TransformerConfig
 
-    return StageWork(24576, 1024, released_config("2.3").transformer)
+    return StageWork(24576, 1024, TransformerConfig.from_config(released_config("2.3")))
 
 
 PASSES = plan_passes(AV(*[StreamGuidance(cfg=3.0, stg=1.0, modality=3.0, stg_blocks=(28,))] * 2))
@@ -167,7 +168,8 @@ def test_ranks_that_share_tokens_are_of_one_machine(work, size, per_machine, num
 
 
 def test_machines_share_passes_and_the_ranks_of_a_machine_their_tokens(work):
-    assert ranks(4, 2).topology(work, PASSES, "auto", batched=False) == Topology(2, 2)
+    assert ranks(4, 2).topology(work, PASSES[:2], "auto", batched=False) == Topology(2, 2)
+    assert ranks(4, 2).topology(work, PASSES, "auto", batched=False) == Topology(4, 1)
     assert ranks(2, 2).topology(work, PASSES[:1], "auto", batched=False) == Topology(1, 2)
     assert ranks(2, 2).topology(work, PASSES, "auto", batched=True) == Topology(1, 2)
 
@@ -194,7 +196,8 @@ def test_a_model_on_several_gpus_and_torchrun_exclude_each_other(tiny_models):
     from ltx2_engine.ltx2_core.ranks import use_ranks
 
     checkpoint = tiny_models / "checkpoints" / "ltx-2.3-22b-distilled.safetensors"
-    spec = ModelSpec.of(checkpoint, tiny_models / "text_encoders" / "gemma-3-tiny", device="cpu", ranks=2)
+    encoder = tiny_models / "text_encoders" / "gemma-3-tiny"
+    spec = ModelSpec.of(checkpoint, encoder, dtype="float32", device="cpu", ranks=2)
     with use_ranks(ranks(2, 1)), pytest.raises(ValueError, match="choose 1 GPU in the model, not 2"):
         open_engine(spec)
 
