@@ -238,13 +238,12 @@ def test_a_killed_node_s_job_runs_again_and_every_output_is_there_once(queue, tm
     nodes = [node_of(queue, tiny_models) for _ in range(2)]
     try:
         victim, other = nodes
-        (held,) = wait_for(
-            lambda: [claim for claim in (queue / "running").iterdir() if f"-{victim.pid}-" in claim.name]
-        )
+        # a folder to write into is the last that a claim gets before its job runs
+        (work,) = wait_for(lambda: [path for path in (queue / "work").iterdir() if f"-{victim.pid}-" in path.name])
         victim.send_signal(signal.SIGKILL)
         victim.wait()
-        interrupted = held.name.partition("@")[0]
-        assert held.is_dir(), "it was killed in the middle of its job"
+        interrupted = work.name.partition("@")[0]
+        assert (queue / "running" / work.name).is_dir(), "it was killed in the middle of its job"
         out, log = other.communicate(timeout=100)
     finally:
         for node in nodes:
