@@ -219,6 +219,9 @@ def _batch(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int
             print("ltx2:", *error.lines(), file=sys.stderr)
         except (QueueError, PathError, ClusterError) as error:
             print(f"ltx2: {error}", file=sys.stderr)
+        except OSError as error:
+            print(f"ltx2: the queue cannot be reached: {error}; what ran here expires", file=sys.stderr)
+            return FAILED
         except (Interrupted, KeyboardInterrupt):
             print("ltx2: interrupted; what ran here waits in the queue again", file=sys.stderr)
             return INTERRUPTED
@@ -242,6 +245,8 @@ def _open_queue(options: argparse.Namespace) -> JobQueue:
     for path, text in found:
         decode_workflow(text, path)
     queue = JobQueue.create(options.queue, EXPIRY if options.expiry is None else options.expiry)
+    if options.expiry not in (None, queue.expiry):
+        raise QueueError(f"{queue.root} was made with --expiry {queue.expiry:g}, which holds for all who serve it")
     for path, text in found:
         queue.add(text, path.stem, options.set)
     return queue

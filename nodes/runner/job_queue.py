@@ -189,10 +189,13 @@ def _holder() -> str:
 
 
 def _last_sign(claim: Claim) -> float:
-    """When the holder last renewed its claim; long ago where there is no workflow."""
+    """When the holder last renewed its claim; long ago where there is no workflow, and just now where it cannot be read."""
     try:
         # opened, because a network file system then asks for the file's times instead of remembering them
         with claim.workflow.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return float("-inf")
+    except OSError:
+        # moved while we looked, or a file system that is away for a moment
+        return float("inf")

@@ -123,15 +123,16 @@ class Workers:
         return self._ray.wait(running, num_returns=1, timeout=seconds)[0]
 
     def answer(self, ended: Any) -> bytes | None:
-        """The bytes of an answer; None from a worker that has died."""
+        """The bytes of an answer; None from a worker that has died, or failed as no job can make it fail."""
         try:
             return self._ray.get(ended)
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayError as error:
             _LOG.warning("a worker has died: %s", error)
             return None
 
     def replace(self, worker: int) -> None:
         """Another actor in the bundle of one that has died."""
+        self._ray.kill(self._actors[worker])
         self._actors[worker] = self._start(worker)
 
     def stop(self, running: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +146,21 @@ def test_what_cannot_be_asked_for_exits_2_and_adds_nothing(flows, queue, tmp_pat
     assert run(*(one.format(**places) for one in arguments)) == 2
     assert message in capsys.readouterr().err
     assert not queue.exists()
+
+
+def test_an_expiry_is_that_of_the_queue(flows, queue, capsys):
+    folder = flows(a="one")
+    assert run(folder, "--queue", queue, "--expiry", "30", "--quiet") == 0
+    assert run(folder, "--queue", queue, "--expiry", "30", "--quiet") == 0
+    assert run(folder, "--queue", queue, "--expiry", "60") == 2
+    assert "was made with --expiry 30" in capsys.readouterr().err
+    assert len(outputs(queue)) == 2
+
+
+def test_a_queue_that_goes_away_ends_the_run(flows, queue, capsys):
+    Act.do["one"] = lambda: shutil.rmtree(queue)
+    assert run(flows(a="one"), "--queue", queue) == 1
+    assert "the queue cannot be reached" in capsys.readouterr().err
 
 
 def test_stop_puts_the_job_back_unblamed(flows, queue, capsys):
