@@ -1,18 +1,21 @@
 """Ranks that torchrun has started, on several machines or one, and that make a clip together.
 
 Every rank runs the whole workflow; only sampling is shared. Ranks that share the tokens of a pass are of one machine, and
-between machines go the predictions of guidance passes. A rank that fails or is stopped ends, and torchrun ends the others.
+between machines go the predictions of guidance passes. What one rank alone can fail at before it samples is agreed on; a rank
+that ends anywhere else is noticed by torchrun, which ends the others.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 
+from .fleet.agreement import Agreement
 from .host import host
 from .parallel.collectives import Control, connect, join_by_environment
 from .parallel.context import ParallelContext
@@ -23,6 +26,8 @@ from .sampling.guidance import GuidancePass
 from .settled import settled
 
 _LOG = logging.getLogger("ltx2.engine")
+
+T = TypeVar("T")
 
 # one machine may read its files for so much longer than another
 _TIMEOUT = timedelta(minutes=30)
@@ -41,12 +46,14 @@ class TorchrunRanks(Ranks):
         self.takes_passes_apart = size > ranks_per_machine
         on_gpu = torch.cuda.is_available()
         join_by_environment("nccl" if on_gpu else "gloo", _TIMEOUT, torch.device("cuda", 0) if on_gpu else None)
-        self._control = Control(_TIMEOUT)
+        self._agreement = Agreement(Control(_TIMEOUT).exchange)
         self._connected: dict[Topology, tuple[ParallelContext, PassGroups]] = {}
 
+    def agree(self, work: Callable[[], T]) -> T:
+        return self._agreement.on(work)
+
     def least(self, number: int | None) -> int | None:
-        words = self._control.exchange(b"-" if number is None else str(number).encode())
-        return min((int(word) for word in words if word != b"-"), default=None)
+        return self._agreement.least(number)
 
     def topology(self, work: StageWork, passes: Sequence[GuidancePass], wanted: str, *, batched: bool) -> Topology:
         """The cheapest division with token groups inside a machine. Raises ValueError where there is none.

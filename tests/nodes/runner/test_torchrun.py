@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -139,11 +138,10 @@ def test_guidance_groups_on_two_machines_make_the_bits_of_one_process(network, g
     assert made == contents(tmp_path / "alone")
 
 
-def ranks(size, per_machine, exchanged=()):
-    """Ranks without a process group; the words of all ranks are ``exchanged``."""
+def ranks(size, per_machine):
+    """Ranks without a process group."""
     made = object.__new__(TorchrunRanks)
     made.rank, made.size, made._per_machine, made.takes_passes_apart = 0, size, per_machine, size > per_machine
-    made._control = types.SimpleNamespace(exchange=lambda word: [word, *exchanged])
     return made
 
 
@@ -177,12 +175,6 @@ def test_machines_share_passes_and_the_ranks_of_a_machine_their_tokens(work):
 def test_passes_in_one_evaluation_cannot_be_shared_by_machines(work):
     with pytest.raises(ValueError, match="choose split or auto"):
         ranks(2, 1).topology(work, PASSES, "auto", batched=True)
-
-
-def test_the_least_of_what_ranks_have_counts_and_none_is_enough():
-    assert ranks(2, 1, [b"7"]).least(12) == 7
-    assert ranks(2, 1, [b"-"]).least(12) == 12
-    assert ranks(2, 1, [b"-"]).least(None) is None
 
 
 def test_machines_have_as_many_ranks_each():
