@@ -9,14 +9,19 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 import sys
+import tempfile
 import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from .nodes.runner.batch import Outcome
+    from .nodes.runner.job_queue import JobQueue
+    from .nodes.runner.session import Folders, Session
 
 OK, FAILED, INVALID, INTERRUPTED = 0, 1, 2, 130
 
@@ -37,28 +42,36 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a workflow in API format")
     run.set_defaults(command=_run)
     run.add_argument("flow", type=Path, metavar="FLOW.json")
-    run.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NODE.input=value",
-        help="change a value; NODE is an id, class or title (repeatable)",
-    )
-    run.add_argument(
-        "--models",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="folder with checkpoints, loras, ... (repeatable; else $LTX2_MODELS)",
-    )
-    run.add_argument("--input", type=Path, default=Path("input"), metavar="DIR", help="folder that Load nodes read")
+    _common_options(run)
     run.add_argument("--output", type=Path, default=Path("output"), metavar="DIR", help="folder that Save nodes write")
-    run.add_argument("--extra-model-paths", type=Path, metavar="FILE", help="an extra_model_paths.yaml of ComfyUI")
-    run.add_argument("--disable-metadata", action="store_true", help="do not embed the workflow into saved files")
-    run.add_argument("--json", action="store_true", help="one JSON event a line on stdout, the result as the last line")
-    run.add_argument("--quiet", action="store_true", help="no progress, warnings and errors only")
-    run.add_argument("--verbose", action="store_true", help="debug messages, and the traceback of a failed node")
+
+    batch = commands.add_parser("batch", help="run many workflows, on one machine or several")
+    batch.set_defaults(command=_batch)
+    batch.add_argument(
+        "flows",
+        type=Path,
+        nargs="*",
+        metavar="FLOW",
+        help="workflows in API format, or folders of them, to add to the queue",
+    )
+    batch.add_argument(
+        "--queue", type=Path, default=Path("queue"), metavar="DIR", help="folder of the queue, made if there is none"
+    )
+    batch.add_argument("--join", type=Path, metavar="DIR", help="help with the queue in this folder, add nothing")
+    batch.add_argument("--add-only", action="store_true", help="add the workflows and leave them to others")
+    batch.add_argument("--wait", action="store_true", help="when no job is left, wait for more until stopped")
+    batch.add_argument(
+        "--expiry",
+        type=float,
+        metavar="SECONDS",
+        help="of a new queue: after how long without a sign of life a job is taken from its worker (default 180)",
+    )
+    batch.add_argument("--ray", metavar="ADDRESS", help="run the jobs on this Ray cluster; local: one on this machine")
+    batch.add_argument("--nodes", type=int, metavar="N", help="with --ray: workers (default: one a GPU, or a machine)")
+    batch.add_argument(
+        "--gpus", type=int, metavar="N", help="with --ray: GPUs of each worker (default 1, or 0 without)"
+    )
+    _common_options(batch)
 
     tiny = commands.add_parser("tiny", help="write a tiny random model set, to try workflows on any machine")
     tiny.set_defaults(command=_tiny)
@@ -79,7 +92,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NODE.input=value",
+        help="change a value; NODE is an id, class or title (repeatable)",
+    )
+    parser.add_argument(
+        "--models",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder with checkpoints, loras, ... (repeatable; else $LTX2_MODELS)",
+    )
+    parser.add_argument("--input", type=Path, default=Path("input"), metavar="DIR", help="folder that Load nodes read")
+    parser.add_argument("--extra-model-paths", type=Path, metavar="FILE", help="an extra_model_paths.yaml of ComfyUI")
+    parser.add_argument("--disable-metadata", action="store_true", help="do not embed the workflow into saved files")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON event a line on stdout, the result as the last line"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress, warnings and errors only")
+    parser.add_argument("--verbose", action="store_true", help="debug messages, and the traceback of a failed node")
+
+
 def _run(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int:
+    from .nodes.runner.torchrun import Place
+
+    place = Place.of_environment()
+    if place is not None and place.rank:
+        options.json, options.quiet = False, True
     report = _Report(sys.stdout, options)
     # in JSON mode stdout carries events only, whatever a node or a library prints
     stray = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
@@ -95,7 +139,7 @@ def _reported_run(options: argparse.Namespace, nodes: Mapping[str, type] | None,
     from .nodes.runner.workflow import WorkflowError
 
     try:
-        report.success(_run_workflow(options, _node_table(nodes), report))
+        report.success(_run_workflow(options, nodes, report))
         return OK
     except WorkflowError as error:
         lines = error.lines()
@@ -118,42 +162,126 @@ def _reported_run(options: argparse.Namespace, nodes: Mapping[str, type] | None,
         return INTERRUPTED
 
 
-def _run_workflow(options: argparse.Namespace, nodes: Mapping[str, type], report: _Report) -> Any:
-    from .ltx2_core.host import use_host
-    from .ltx2_core.standalone import StandaloneHost
-    from .nodes.runner.execute import execute
-    from .nodes.runner.options import apply_settings
-    from .nodes.runner.validate import validate
+def _run_workflow(options: argparse.Namespace, nodes: Mapping[str, type] | None, report: _Report) -> Any:
     from .nodes.runner.workflow import read_workflow
 
     workflow = read_workflow(options.flow)
-    environment = [Path(root) for root in os.environ.get("LTX2_MODELS", "").split(os.pathsep) if root]
-    host = StandaloneHost(
-        model_roots=options.models or environment,
-        input_dir=options.input,
-        output_dir=options.output,
-        progress="json" if options.json else "quiet" if options.quiet else "bar",
-        extra_model_paths=options.extra_model_paths,
-        on_event=report.event,
-    )
-    # input lists come from the host, so it is in place before the nodes are asked what they take
-    with use_host(host), host.signals():
-        chosen = apply_settings(workflow.prompt, nodes, options.set)
-        prompt = validate(chosen, nodes)
-        if not options.disable_metadata:
-            host.metadata = {**(workflow.extra_data.get("extra_pnginfo") or {}), "prompt": chosen}
-        report.event("queued", node_count=len(prompt))
-        return execute(prompt, nodes, host, workflow.extra_data, report.event)
+    with _ranks(options) as output:
+        session = _session(options, nodes, "json" if options.json else "bar", on_event=report.event)
+        with session.host.signals():
+            return session.run(workflow, output, options.set)
 
 
-def _node_table(nodes: Mapping[str, type] | None) -> Mapping[str, type]:
-    from .nodes.runner.core_nodes import CORE_NODES
+@contextlib.contextmanager
+def _ranks(options: argparse.Namespace) -> Iterator[Path]:
+    """Under torchrun all processes make one video, and rank 0 alone shows and keeps it. Yields the folder to save into."""
+    from .nodes.runner.torchrun import Place, joined
 
-    if nodes is not None:
-        return {**CORE_NODES, **nodes}
-    from .nodes import NODE_CLASS_MAPPINGS
+    place = Place.of_environment()
+    if place is None:
+        yield options.output
+        return
+    place.take_gpu()
+    with joined(place), tempfile.TemporaryDirectory(prefix="ltx2-") as unseen:
+        yield options.output if place.rank == 0 else Path(unseen)
 
-    return {**CORE_NODES, **NODE_CLASS_MAPPINGS}
+
+def _session(options: argparse.Namespace, nodes: Mapping[str, type] | None, progress: str, **more: Any) -> Session:
+    from .nodes.runner.session import Session, node_table
+
+    shown = "quiet" if options.quiet else progress
+    return Session(_folders(options), node_table(nodes), progress=shown, metadata=not options.disable_metadata, **more)
+
+
+def _folders(options: argparse.Namespace) -> Folders:
+    from .nodes.runner.session import Folders
+
+    return Folders(tuple(options.models), options.input, options.extra_model_paths)
+
+
+def _batch(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int:
+    from .ltx2_core.host import Interrupted
+    from .ltx2_core.paths import PathError
+    from .nodes.runner.job_queue import QueueError
+    from .nodes.runner.ray_nodes import ClusterError
+    from .nodes.runner.workflow import WorkflowError
+
+    stray = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
+    report = _BatchReport(sys.stdout, options)
+    with stray, _logging(options):
+        try:
+            queue = _open_queue(options)
+            failed_before = set(queue.names("failed"))
+            if not options.add_only:
+                _serve(queue, options, nodes, report)
+            return report.finish(queue, failed_before)
+        except WorkflowError as error:
+            print("ltx2:", *error.lines(), file=sys.stderr)
+        except (QueueError, PathError, ClusterError) as error:
+            print(f"ltx2: {error}", file=sys.stderr)
+        except OSError as error:
+            print(f"ltx2: the queue cannot be reached: {error}; what ran here expires", file=sys.stderr)
+            return FAILED
+        except (Interrupted, KeyboardInterrupt):
+            print("ltx2: interrupted; what ran here waits in the queue again", file=sys.stderr)
+            return INTERRUPTED
+    return INVALID
+
+
+def _open_queue(options: argparse.Namespace) -> JobQueue:
+    """The queue of the options, with the workflows of the command line added, if all of them can be read."""
+    from .nodes.runner.job_queue import EXPIRY, JobQueue, QueueError
+    from .nodes.runner.workflow import decode_workflow, find_workflows, read_bytes
+
+    if options.ray is None and (options.nodes is not None or options.gpus is not None):
+        raise QueueError("--nodes and --gpus say what to take of a Ray cluster: name it with --ray ADDRESS")
+    if options.join is not None:
+        if options.flows or options.set or options.expiry is not None or options.add_only:
+            raise QueueError("--join only runs what is in a queue; to add to it, name the queue: FLOW ... --queue DIR")
+        return JobQueue.open(options.join)
+    if not options.flows:
+        raise QueueError("nothing to do: name workflows or folders of them, or a queue to help with: --join DIR")
+    found = [(path, read_bytes(path)) for path in find_workflows(options.flows)]
+    for path, text in found:
+        decode_workflow(text, path)
+    queue = JobQueue.create(options.queue, EXPIRY if options.expiry is None else options.expiry)
+    if options.expiry not in (None, queue.expiry):
+        raise QueueError(f"{queue.root} was made with --expiry {queue.expiry:g}, which holds for all who serve it")
+    for path, text in found:
+        queue.add(text, path.stem, options.set)
+    return queue
+
+
+def _serve(
+    queue: JobQueue, options: argparse.Namespace, nodes: Mapping[str, type] | None, report: _BatchReport
+) -> None:
+    from .nodes.runner.batch import serve
+    from .nodes.runner.torchrun import Place
+
+    place = Place.of_environment()
+    if place is not None:
+        # each process of torchrun takes whole jobs, on a GPU of its own
+        place.take_gpu()
+    if options.ray is not None:
+        _serve_with_ray(queue, options, report)
+        return
+    session = _session(options, nodes, "quiet" if options.json else "bar", keep_models=True)
+    with session.host.signals():
+        serve(queue, session, report.job, wait=options.wait)
+
+
+def _serve_with_ray(queue: JobQueue, options: argparse.Namespace, report: _BatchReport) -> None:
+    from .nodes.runner import ray_nodes
+    from .nodes.runner.session import RunnerHost
+
+    cluster = ray_nodes.Cluster(options.ray, options.nodes, options.gpus)
+    host = RunnerHost(progress="quiet")
+    # Ray has a handler of signals of its own, so ours come behind it
+    with (
+        ray_nodes.workers(cluster, _folders(options), metadata=not options.disable_metadata) as workers,
+        host.signals(),
+    ):
+        ray_nodes.serve(queue, workers, host, report.job, wait=options.wait)
 
 
 def _tiny(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int:
@@ -221,6 +349,40 @@ class _Report:
 
     def _line(self, payload: dict[str, Any]) -> None:
         print(json.dumps(payload, default=str), file=self._stream, flush=True)
+
+
+class _BatchReport:
+    """A line for each job that begins or ends here, as text or JSON, and how many of the queue's jobs failed."""
+
+    def __init__(self, stream: TextIO, options: argparse.Namespace):
+        self._stream, self._json, self._quiet = stream, options.json, options.quiet
+
+    def job(self, outcome: Outcome) -> None:
+        files = [str(path) for path in outcome.files]
+        if self._json:
+            facts = {"job": outcome.job, "state": outcome.state, "elapsed_seconds": round(outcome.seconds, 3)}
+            self._line({"schema": "event/1", "type": "job", **facts, "files": files, "reason": outcome.reason})
+            return
+        told = f"{outcome.job}: {outcome.state}" + (f" in {outcome.seconds:.1f} s" if outcome.seconds else "")
+        if outcome.state == "failed":
+            print("ltx2:", told, outcome.reason, sep=" ", file=sys.stderr)
+        elif not self._quiet:
+            print(told, *files, sep="\n  ", file=self._stream, flush=True)
+
+    def finish(self, queue: JobQueue, failed_before: set[str]) -> int:
+        """The exit code, after a last line: 1 if a job has failed, here or elsewhere, since this process began."""
+        from .nodes.runner.job_queue import STATES
+
+        counts = {state: len(queue.names(state)) for state in STATES}
+        if self._json:
+            self._line({"schema": "event/1", "type": "queue", "queue": str(queue.root), **counts})
+        elif not self._quiet:
+            told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+            print(f"{queue.root}: {told or 'empty'}", file=self._stream, flush=True)
+        return FAILED if set(queue.names("failed")) - failed_before else OK
+
+    def _line(self, payload: dict[str, Any]) -> None:
+        print(json.dumps(payload), file=self._stream, flush=True)
 
 
 class _LogHandler(logging.Handler):

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..kernels import runs_fused
 from .av import AV
 from .component import Component
 from .components import adapters_of, network_component, text_encoder_component, unpack_bytes, upsampler_component
+from .condition_encoders import ModelEncoders
 from .conditioning import state as tokens
 from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
@@ -29,7 +30,7 @@ from .evaluate import EVALUATIONS
 from .frames import deliver
 from .graphs import WORTH_CAPTURING, can_capture
 from .host import Progress, host
-from .job import DecodedClip, SampleJob, check_job, check_latents
+from .job import DecodedClip, SampleJob, check_latents, planned_passes
 from .loading.lora.file import read_lora, reference_factors
 from .loading.while_loading import while_loading
 from .memory_plan import MemoryPlan, plan_memory
@@ -37,35 +38,39 @@ from .memory_sizes import Needs, Room
 from .model_files import ModelFiles
 from .model_spec import ModelSpec
 from .networks import FLOAT32_NETWORKS, NETWORKS
+from .parallel.groups import Topology
+from .parallel.topology import StageWork
 from .phases import phase
 from .preflight import open_files
-from .presets import default_image_crf
 from .preview import Previewer
+from .ranks import ALONE, Ranks, Seat, ranks_of_process
 from .sampling.denoise import Denoiser
-from .sampling.guidance import GuidancePass, StreamGuidance, evaluation_mode, plan_passes
+from .sampling.guidance import GuidancePass, StreamGuidance, evaluation_mode
 from .sampling.noise import SamplerNoise, generator, noise_source, noised
-from .sampling.samplers import NEEDS_UNCOND, SAMPLERS, evaluations
+from .sampling.samplers import SAMPLERS, evaluations
 from .sampling.sigmas import check_sigmas
 from .sampling.warm_up import warm_up
 from .sampling_memory import WorkBytes, sampling_work_bytes
-from .shapes import VIDEO_SPACE_FACTOR, VIDEO_TIME_FACTOR, ClipShape
+from .shapes import ClipShape
 from .sound import SoundDecoding
+from .stage import Stage
 from .text import gemma
 from .text.context import Context
-from .text.native import split_conditioning
+from .text.native import NativeText, split_conditioning
 from .text.tokenizer import Tokenizer, load_tokenizer, tokenize
 from .transformer.compiled import compiled, wants_compiling
 from .transformer.model import Transformer
-from .upsampler_files import check_fits, read_upsampler
+from .upsampler_files import check_fits, read_upsampler, upscaled
 from .vae import tiling
-from .vae.audio import encode_waveform
 from .vae.upsampler import upsample
+
+if TYPE_CHECKING:
+    from .fleet.engine import FleetEngine
 
 _LOG = logging.getLogger("ltx2.engine")
 
 # Hidden states of a 1024-token prompt, their copies in the projection, and the encoder's own work.
 _TEXT_WORK_BYTES = 2 << 30
-_AUDIO_WORK_BYTES = 1 << 30
 # ComfyUI's planning figure for the latent upsamplers, per element of the result
 _UPSAMPLER_BYTES_PER_ELEMENT = 3000
 # The reference draws the decoder's noise from the run's generator; a fixed seed keeps decoding repeatable by itself.
@@ -80,9 +85,11 @@ class LocalEngine:
 
     _networks: dict[str, Component[Any]]
     _text_encoder: Component[Any]
+    _ranks: Ranks
 
-    def __init__(self, files: ModelFiles, base: LocalEngine | None = None):
+    def __init__(self, files: ModelFiles, base: LocalEngine | None = None, ranks: Ranks = ALONE):
         """base: the engine of the same files without LoRAs, whose networks this one uses with its own LoRAs.
+        ranks: the processes that sample together, each with an engine like this.
 
         Raises LoraError for a LoRA that does not fit, before any weight is read.
         """
@@ -91,6 +98,7 @@ class LocalEngine:
         self.device = torch.device(files.spec.device)
         self.dtype: torch.dtype = getattr(torch, files.spec.dtype)
         self._base = base
+        self._ranks = ranks if base is None else base._ranks
         self._adapters, self.lora_report = adapters_of(files)
         if base is not None:
             self._networks, self._text_encoder = base._networks, base._text_encoder
@@ -103,6 +111,10 @@ class LocalEngine:
     def start(self) -> None:
         """Begin to read what comes first, in the background: what encodes prompts, then the transformer with its LoRAs."""
         encoder, head, transformer = self._text_encoder, self._networks["text_head"], self._networks["transformer"]
+        if self._ranks.rank:
+            # prompts are for rank 0
+            transformer.start(_TEXT_WORK_BYTES, self._adapters)
+            return
         encoder.start(_TEXT_WORK_BYTES)
         # each has the disk and the link for itself: a prompt is encoded while the transformer is read
         head.start(_missing(encoder) + _TEXT_WORK_BYTES, after=encoder)
@@ -129,7 +141,10 @@ class LocalEngine:
 
         Raises ConditioningError when it does not belong to this model.
         """
-        text = split_conditioning(conditioning, self.config.text)
+        return self.connect_native(split_conditioning(conditioning, self.config.text))
+
+    def connect_native(self, text: NativeText) -> Context:
+        """The context of what ``split_conditioning`` found."""
         parts = text.parts.map(lambda part: part.to(self.device, self.dtype))
         if text.mask is not None:
             head = self._networks["text_head"].use(_TEXT_WORK_BYTES)
@@ -139,31 +154,20 @@ class LocalEngine:
 
     def sample(self, job: SampleJob) -> AVLatent:
         """Sample a clip. Raises ValueError for a job that does not fit the model, before anything is loaded."""
-        guidance = job.effective_guidance
-        passes = plan_passes(guidance, force_uncond=job.sampler.name in NEEDS_UNCOND)
-        check_job(job, passes, self.config, self.files.version.label)
-        if len(passes) > 1 and "distilled" in self.files.spec.checkpoint.name.lower():
-            _LOG.warning(
-                "%s is a distilled checkpoint, made to run without guidance: %d passes a step take longer and over-saturate. "
-                "Choose the guider's preset distilled.",
-                self.files.spec.checkpoint.name,
-                len(passes),
-            )
+        guidance, passes = job.effective_guidance, planned_passes(job, self.files)
         # host floats that the device represents exactly: the sampler's arithmetic is float32
         sigmas = tuple(float(np.float32(sigma)) for sigma in check_sigmas(job.sigmas))
         with torch.no_grad():
-            states = job.latent.conditioned(self._states(job.latent), _Encoders(self))
-            works = {mode: self._work(states, passes, mode, job) for mode in EVALUATIONS}
-            free = self._free_bytes()
-            batched_fits = free is None or works["batched"](job.latent.clip).reserved <= free
-            tokens_made = job.latent.clip.num_video_tokens
-            mode = evaluation_mode(job.evaluation, len(passes), tokens_made, batched_fits=batched_fits)
-            work = works[mode](job.latent.clip)
-            plan = self._plan(job.latent.clip, works[mode])
+            ranks = self._ranks
+            states = ranks.agree(lambda: job.latent.conditioned(self._states(job.latent), ModelEncoders(self)))
+            stage = Stage.of(job, states)
+            mode, topology = self._division(job, stage, passes)
+            work = self._work(stage, passes, mode, job.sampler.name, topology.ulysses)
             title = f"sampling, {len(sigmas) - 1} steps of {len(passes)} passes, {mode}"
-            with phase(title, self.device):
-                streamed = None if plan is None else plan.streamed_blocks
-                model = self._networks["transformer"].use(work.reserved, self._adapters, streamed=streamed)
+            with phase(title, self.device), contextlib.ExitStack() as stage_ends:
+                plan, model = ranks.agree(lambda: self._placed(job.latent.clip, work))
+                # from here to the end no rank does anything by itself
+                seat = stage_ends.enter_context(ranks.sampling(topology))
                 x = noised(states, min(sigmas[0], 1.0), self._noise(job))
                 states = states.map(_held)
                 evaluate = EVALUATIONS[mode](
@@ -172,18 +176,20 @@ class LocalEngine:
                     passes,
                     self._on_device(job.positive),
                     None if job.negative is None else self._on_device(job.negative),
-                    host().check_interrupt,
-                    graphed=self._worth_graphs(plan, evaluations(job.sampler.name, sigmas)),
+                    seat.check,
+                    graphed=self._worth_graphs(plan, evaluations(job.sampler.name, sigmas), seat),
+                    parallel=seat.parallel,
+                    groups=seat.groups,
                 )
                 if runs_fused(self.device):
                     warm_up(states, passes, guidance, job.sampler.name)
                 noise = SamplerNoise(job.sampler, job.seed, self.device)
                 with (
-                    self._compiled(model, plan),
+                    self._compiled(model, plan, seat),
                     host().progress(evaluations(job.sampler.name, sigmas), "sampling") as progress,
                 ):
                     shown = partial(_show, progress, self._previewer(job.latent.clip, states))
-                    denoise = Denoiser(evaluate, states, passes, guidance, on_evaluated=shown)
+                    denoise = Denoiser(seat.settled(evaluate), states, passes, guidance, on_evaluated=shown)
                     x = SAMPLERS[job.sampler.name](denoise, x, sigmas, noise, job.sampler, lambda *_: None)
                 return self._result(job.latent, states, x)
 
@@ -201,7 +207,7 @@ class LocalEngine:
         stated = ModelVersion.from_metadata(checkpoint.metadata)
         label = self.files.version.label
         check_fits(config, self.config.video_vae.latent_channels, label, upsampler.name, stated)
-        clip = _upscaled(latent.clip, config.output_grid(*latent.clip.grid), temporal=config.temporal)
+        clip = upscaled(latent.clip, config)
 
         component = upsampler_component(checkpoint, config, self.device, self.dtype)
         with phase(f"upscaling, {config}", self.device), torch.no_grad():
@@ -217,8 +223,11 @@ class LocalEngine:
                 latent, clip=clip, latents=AV(larger.float().cpu(), latent.latents.audio), masks=AV(), conditions=()
             )
 
-    def decode(self, latent: AVLatent, tiling_choice: str) -> DecodedClip:
-        """Decode a sampled latent to frames and sound. Raises ValueError for one that was not sampled."""
+    def decode(self, latent: AVLatent, tiling_choice: str, out: Tensor | None = None) -> DecodedClip:
+        """Decode a sampled latent to frames and sound. Raises ValueError for one that was not sampled.
+
+        out: memory for the frames, [B, F, H, W, 3] float32 on the CPU.
+        """
         video, audio = latent.latents.video, latent.latents.audio
         if (video is None and latent.streams.video) or (audio is None and latent.streams.audio):
             raise ValueError("this latent has no content yet: connect the sampler's output")
@@ -228,7 +237,7 @@ class LocalEngine:
             sound = None if audio is None else self._sound(audio)
             if video is not None:
                 with phase("decoding video", self.device):
-                    frames = self._decode_video(video, latent.clip, tiling_choice, sound)
+                    frames = self._decode_video(video, latent.clip, tiling_choice, sound, out)
             if sound is not None:
                 # of a sound that is decoded beside the video, what it took longer
                 with phase("decoding sound", self.device):
@@ -238,6 +247,10 @@ class LocalEngine:
     def close(self) -> None:
         """Give all memory back, also that of engines that differ in LoRAs only; a later use reads the weights again."""
         _close_all((*self._networks.values(), self._text_encoder))
+
+    def device_bytes(self) -> int:
+        """Bytes of weights on the device."""
+        return sum(one.bytes_on(str(self.device)) for one in (*self._networks.values(), self._text_encoder))
 
     def _free_bytes(self) -> int | None:
         """What work can take: of free memory, and of the user's limit, without what is still being read."""
@@ -285,39 +298,48 @@ class LocalEngine:
         return noise_source(job.noise_layout, job.seed, self.device, audio_channels=channels)
 
     def _work(
-        self, states: AV[LatentState], passes: Sequence[GuidancePass], mode: str, job: SampleJob
+        self, stage: Stage, passes: Sequence[GuidancePass], mode: str, sampler: str, ulysses: int
     ) -> Callable[[ClipShape], WorkBytes]:
-        """Work space of sampling, for this clip and for others with the same conditions."""
-        tokens = states.map(lambda state: state.latent.shape[1])
-        extra = AV(
-            None if tokens.video is None else tokens.video - job.latent.clip.num_video_tokens,
-            None if tokens.audio is None else tokens.audio - job.latent.clip.audio_latents,
-        )
-        batch = next(states.present()).latent.shape[0]
-        levels = states.map(lambda state: len(state.mask.unique()))
-        biased = states.map(lambda state: state.attention_mask is not None)
-        contexts = [c for c in (job.positive, job.negative) if c is not None]
-        text_tokens = max(part.shape[1] for context in contexts for part in context.features.present())
+        """Work space of a stage on one of ``ulysses`` ranks, for its clip and for others with the same conditions."""
 
         def work(clip: ClipShape) -> WorkBytes:
-            plain = AV(clip.num_video_tokens, clip.audio_latents)
             return sampling_work_bytes(
                 self.config.transformer,
-                extra.map(lambda more, own: own + more, plain),
-                text_tokens,
-                batch=batch,
+                stage.tokens_of(clip),
+                stage.text_tokens,
+                batch=stage.batch,
                 passes=len(passes),
                 mode=mode,
                 dtype=self.dtype,
-                levels=levels,
-                biased=biased,
-                sampler=job.sampler.name,
+                levels=stage.levels,
+                biased=stage.biased,
+                sampler=sampler,
                 unpack_bytes=self._unpack_bytes,
                 fused=runs_fused(self.device),
                 eight_bit=self.files.spec.numerics == "fp8",
+                ulysses=ulysses,
             )
 
         return work
+
+    def _division(self, job: SampleJob, stage: Stage, passes: Sequence[GuidancePass]) -> tuple[str, Topology]:
+        """How the passes are evaluated, and how the ranks share them: the same on all."""
+        ranks, wanted, clip = self._ranks, self.files.spec.topology, job.latent.clip
+        free = ranks.least(self._free_bytes())
+        whole = self._work(stage, passes, "batched", job.sampler.name, ranks.size)
+        batched_fits = free is None or whole(clip).reserved <= free
+        # groups take passes apart
+        apart = ranks.takes_passes_apart or not wanted.startswith(("auto", "1x"))
+        choice = "split" if job.evaluation == "auto" and apart else job.evaluation
+        mode = evaluation_mode(choice, len(passes), clip.num_video_tokens, batched_fits=batched_fits)
+        sizes = StageWork(stage.tokens.video or 0, stage.text_tokens, self.config.transformer)
+        return mode, ranks.topology(sizes, passes, wanted, batched=mode == "batched")
+
+    def _placed(self, clip: ClipShape, work: Callable[[ClipShape], WorkBytes]) -> tuple[MemoryPlan | None, Transformer]:
+        """Where everything lies during this run, and the transformer with this engine's LoRAs in its place."""
+        plan = self._plan(clip, work)
+        streamed = None if plan is None else plan.streamed_blocks
+        return plan, self._networks["transformer"].use(work(clip).reserved, self._adapters, streamed=streamed)
 
     def _plan(self, clip: ClipShape, work: Callable[[ClipShape], WorkBytes]) -> MemoryPlan | None:
         """What of the model lies where during this run, said in the log; None on the CPU, where nothing is streamed.
@@ -343,10 +365,13 @@ class LocalEngine:
         )
         needed = transformer.full_bytes + work(clip).reserved
         host().make_room({device: needed - transformer.bytes_on(device)})
+        free = (host().free_bytes(device) or 0) + sum(one.bytes_on(device) for one in ours)
+        host_free = (host().free_bytes("cpu") or 1 << 62) // self._ranks.size + transformer.bytes_on("cpu")
         room = Room(
             device=device,
-            free=(host().free_bytes(device) or 0) + sum(one.bytes_on(device) for one in ours),
-            host_free=(host().free_bytes("cpu") or 1 << 62) + transformer.bytes_on("cpu"),
+            # all ranks plan alike, so that none waits for the streamed blocks of another
+            free=self._ranks.least(free) or 0,
+            host_free=self._ranks.least(host_free) or 0,
             budget=self.files.spec.limit_bytes,
             others={d: host().free_bytes(d) or 0 for d in host().compute_devices() if d not in (device, "cpu")},
         )
@@ -354,18 +379,19 @@ class LocalEngine:
         _LOG.info("memory plan\n%s", plan)
         return plan
 
-    def _compiled(self, model: Transformer, plan: MemoryPlan | None) -> AbstractContextManager[None]:
+    def _compiled(self, model: Transformer, plan: MemoryPlan | None, seat: Seat) -> AbstractContextManager[None]:
         """Blocks that are compiled inside the context, where the user asked for it."""
         if not wants_compiling():
             return contextlib.nullcontext()
-        if not _resident(plan):
-            _LOG.info("compile: not with streamed blocks, nor on the CPU")
+        if not _resident(plan) or seat.parallel.size > 1:
+            _LOG.info("compile: not with streamed blocks, nor with ranks that share tokens, nor on the CPU")
             return contextlib.nullcontext()
         return compiled(model.blocks)
 
-    def _worth_graphs(self, plan: MemoryPlan | None, evaluations: int) -> bool:
-        """Whether that many evaluations are captured: blocks that are streamed change their place."""
-        return _resident(plan) and evaluations >= WORTH_CAPTURING and can_capture(self.device)
+    def _worth_graphs(self, plan: MemoryPlan | None, evaluations: int, seat: Seat) -> bool:
+        """Whether that many evaluations are captured: blocks that are streamed change their place, and no exchange is."""
+        wanted = _resident(plan) and evaluations >= WORTH_CAPTURING and seat.parallel.size == 1
+        return wanted and can_capture(self.device)
 
     def _decode_plan(self, clip: ClipShape, free: int) -> tiling.TilePlan:
         shape = (1, self.config.video_vae.latent_channels, *clip.grid)
@@ -393,7 +419,9 @@ class LocalEngine:
     def _sound(self, audio: Tensor) -> SoundDecoding:
         return SoundDecoding(audio, self._networks["audio_decoder"], self._networks["vocoder"])
 
-    def _decode_video(self, video: Tensor, clip: ClipShape, choice: str, sound: SoundDecoding | None) -> Tensor:
+    def _decode_video(
+        self, video: Tensor, clip: ClipShape, choice: str, sound: SoundDecoding | None, out: Tensor | None
+    ) -> Tensor:
         """Frames [B * F, H, W, 3]; ``sound`` is decoded too where there is room for both."""
         plan_for = partial(tiling.plan_decode, self.config.video_vae, tuple(video.shape), self.dtype.itemsize)
         component = self._networks["video_decoder"]
@@ -407,7 +435,7 @@ class LocalEngine:
         plan = plan_for(None if free is None else free - left, choice)
         _LOG.info("decoding video %s", plan)
         latents = video.to(self.device, self.dtype)
-        frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3)
+        frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3) if out is None else out
         conditioned = self.config.video_vae.decoder.timestep_conditioning
         noise = generator(_DECODER_NOISE_SEED, self.device) if conditioned else None
         check = host().check_interrupt
@@ -434,35 +462,6 @@ def _resident(plan: MemoryPlan | None) -> bool:
     return plan is not None and not plan.streamed_blocks
 
 
-class _Encoders:
-    """The model's encoders for conditions (`conditioning.condition.Encoders`)."""
-
-    def __init__(self, engine: LocalEngine):
-        self._engine = engine
-
-    @property
-    def default_crf(self) -> int:
-        return default_image_crf(self._engine.files.version)
-
-    def video(self, pixels: Tensor) -> Tensor:
-        engine = self._engine
-        plan_for = partial(
-            tiling.plan_encode, engine.config.video_vae, tuple(pixels.shape), engine.dtype.itemsize, choice="auto"
-        )
-        with phase("encoding pictures", engine.device):
-            encoder = engine._networks["video_encoder"].use(plan_for(None).work_bytes)
-            plan = plan_for(engine._free_bytes())
-            with host().progress(pixels.shape[2], "encoding pictures") as progress:
-                return tiling.encode(encoder, pixels.to(engine.dtype), plan, lambda done, _: progress.to(done))
-
-    def audio(self, waveform: Tensor, sample_rate: int) -> Tensor:
-        engine = self._engine
-        with phase("encoding sound", engine.device):
-            encoder = engine._networks["audio_encoder"].use(_AUDIO_WORK_BYTES)
-            host().check_interrupt()
-            return encode_waveform(encoder, waveform, sample_rate, engine.config.audio_vae).to(engine.dtype)
-
-
 def _show(progress: Progress, previewer: Previewer | None, x0: AV[Tensor]) -> None:
     if previewer is None:
         progress.step()
@@ -483,16 +482,6 @@ def _masked(state: LatentState, mask: Tensor | None, patchify: Callable[[Tensor]
     return replace(state, mask=levels.contiguous())
 
 
-def _upscaled(clip: ClipShape, grid: tuple[int, int, int], *, temporal: bool) -> ClipShape:
-    frames, height, width = grid
-    return ClipShape(
-        (frames - 1) * VIDEO_TIME_FACTOR + 1,
-        height * VIDEO_SPACE_FACTOR,
-        width * VIDEO_SPACE_FACTOR,
-        clip.fps * 2 if temporal else clip.fps,
-    )
-
-
 def _missing(*components: Component) -> int:
     """What components have still to take of their device."""
     return sum(one.full_bytes - one.bytes_on(one.device) for one in components)
@@ -503,23 +492,33 @@ def _close_all(components: tuple[Component, ...]) -> None:
         component.close()
 
 
-_engines: weakref.WeakValueDictionary[ModelSpec, LocalEngine] = weakref.WeakValueDictionary()
+_engines: weakref.WeakValueDictionary[ModelSpec, LocalEngine | FleetEngine] = weakref.WeakValueDictionary()
 
 
 @while_loading
-def open_engine(spec: ModelSpec) -> LocalEngine:
-    """The engine of these files on this device; the one that is already there, if any handle still holds it.
+def open_engine(spec: ModelSpec) -> LocalEngine | FleetEngine:
+    """The engine of these files on these devices; the one that is already there, if any handle still holds it.
 
-    Engines of one model with different LoRAs share every network but the transformer.
+    Engines of one model with different LoRAs share every network but the transformer. Raises ValueError for more devices
+    than there are.
     """
     engine = _engines.get(spec)
     if engine is None:
-        if spec.loras:
+        if spec.ranks > 1 and ranks_of_process() is not ALONE:
+            raise ValueError(
+                f"torchrun has started one process for each GPU: choose 1 GPU in the model, not {spec.ranks}"
+            )
+        if spec.ranks > 1:
+            from .fleet.engine import FleetEngine
+
+            engine = FleetEngine(open_files(spec))
+        elif spec.loras:
             base = open_engine(spec.base)
+            assert isinstance(base, LocalEngine), "an engine and its base have as many ranks"
             engine = LocalEngine(replace(base.files, spec=spec), base)
             engine.expect_loras()
         else:
-            engine = LocalEngine(open_files(spec))
+            engine = LocalEngine(open_files(spec), ranks=ranks_of_process())
         _engines[spec] = engine
     return engine
 
@@ -529,7 +528,7 @@ class ModelHandle:
     """What an LTX2_MODEL link carries: a reference to an engine, no weights of its own."""
 
     spec: ModelSpec
-    engine: LocalEngine = field(repr=False, compare=False)
+    engine: LocalEngine | FleetEngine = field(repr=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -561,7 +560,8 @@ class ModelHandle:
 
     def __str__(self) -> str:
         loras = "".join(f", {one.path.name} {one.strength:g}" for one in self.spec.loras)
-        return f"LTX-{self.label} ({self.spec.checkpoint.name}{loras}, {self.spec.dtype}, {self.spec.device})"
+        devices = f"{self.spec.ranks} x {self.spec.device}" if self.spec.ranks > 1 else self.spec.device
+        return f"LTX-{self.label} ({self.spec.checkpoint.name}{loras}, {self.spec.dtype}, {devices})"
 
 
 @dataclass(frozen=True)

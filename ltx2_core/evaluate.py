@@ -35,15 +35,18 @@ def batched_evaluate(
     *,
     graphed: bool = False,
     parallel: ParallelContext = SINGLE,
+    groups: PassGroups = ONE_GROUP,
 ) -> Evaluate:
     """An evaluation of all passes in one model call, stacked on the batch dimension, pass-major.
 
     positive, negative: text features of the prompts, [1, S, width] on the model's device and in its dtype.
     ``check`` is called before every block and may raise to stop. graphed: capture it as ``graphs.Graphs``, for weights that
     stay where they are. parallel: the ranks that evaluate it together, each of which is given and returns all tokens.
+    groups: one, as the passes are not taken apart.
 
     Nothing in the returned function waits for the device: levels, masks and tables are built now.
     """
+    assert groups.count == 1, "batched passes belong to one group"
     prompts = _project(model, states, positive, negative)
     contexts = states.map(lambda _, *both: torch.cat([both[one.negative] for one in passes]), *prompts)
     templates = _templates(model, states, contexts, len(passes), parallel)
@@ -129,7 +132,7 @@ def grouped_evaluate(
     return evaluate
 
 
-EVALUATIONS = {"split": split_evaluate, "batched": batched_evaluate}
+EVALUATIONS = {"split": grouped_evaluate, "batched": batched_evaluate}
 
 
 def _evaluation(run: Run, check: Callable[[], None], device: torch.device, graphed: bool) -> Evaluate:

@@ -11,9 +11,10 @@ from .av import AV
 from .conditioning.keyframe import GeneratedKeyframes
 from .conditioning.latent import AVLatent
 from .config.model import ModelConfig
+from .model_files import ModelFiles
 from .presets import EVALUATIONS, NOISE_LAYOUTS
 from .sampling.choice import SamplerChoice
-from .sampling.guidance import GuidancePass, StreamGuidance
+from .sampling.guidance import GuidancePass, StreamGuidance, plan_passes
 from .sampling.samplers import NEEDS_UNCOND
 from .text.context import Context
 
@@ -59,6 +60,20 @@ class DecodedClip:
     waveform: Tensor | None = field(repr=False)
     sample_rate: int
     fps: float
+
+
+def planned_passes(job: SampleJob, files: ModelFiles) -> tuple[GuidancePass, ...]:
+    """The passes of a job, which is checked. Raises ValueError for one that does not fit the model."""
+    passes = plan_passes(job.effective_guidance, force_uncond=job.sampler.name in NEEDS_UNCOND)
+    check_job(job, passes, files.config, files.version.label)
+    if len(passes) > 1 and "distilled" in files.spec.checkpoint.name.lower():
+        _LOG.warning(
+            "%s is a distilled checkpoint, made to run without guidance: %d passes a step take longer and over-saturate. "
+            "Choose the guider's preset distilled.",
+            files.spec.checkpoint.name,
+            len(passes),
+        )
+    return passes
 
 
 def check_job(job: SampleJob, passes: tuple[GuidancePass, ...], config: ModelConfig, label: str) -> None:

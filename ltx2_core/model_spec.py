@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config.numerics import NUMERICS
 
 DTYPES = ("auto", "bfloat16", "float32")
+# all attentions have so many heads, which ranks share
+_HEADS = 32
+MAX_RANKS = 8
+RANKS = tuple(count for count in range(1, MAX_RANKS + 1) if _HEADS % count == 0)
+# "groups x ranks of a group" for every number of ranks
+TOPOLOGIES = (
+    "auto",
+    *(f"{groups}x{ranks // groups}" for ranks in RANKS[1:] for groups in RANKS if ranks % groups == 0),
+)
 
 # path, size and time of change: a replaced file is another file
 Identity = tuple[str, int, int]
@@ -32,14 +42,15 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model on one device.
+    """One model on one device, or on several that make a clip together.
 
     checkpoint: the file with the transformer, and with every other part for which no file is named.
     text_encoder: its folder or file. video_vae, audio_vae (with the vocoder), text_projection (with or without the
     connectors): files that hold these parts instead. dtype: ``bfloat16`` or ``float32``.
     identity: of every file. loras: added to the transformer in this order. limit_gib: the most memory of the device
     that weights and work of a network may take together; 0 leaves it to the host. numerics: how exactly the transformer
-    computes, one of ``config.numerics.NUMERICS``.
+    computes, one of ``config.numerics.NUMERICS``. ranks: how many devices make a clip together, from ``device`` on, one of
+    ``RANKS``. topology: how they share guidance passes, one of ``TOPOLOGIES``: "2x4" is two groups of four.
     """
 
     checkpoint: Path
@@ -53,6 +64,8 @@ class ModelSpec:
     text_projection: Path | None = None
     limit_gib: float = 0.0
     numerics: str = "exact"
+    ranks: int = 1
+    topology: str = "auto"
 
     @classmethod
     def of(
@@ -67,11 +80,13 @@ class ModelSpec:
         text_projection: Path | None = None,
         limit_gib: float = 0.0,
         numerics: str = "exact",
+        ranks: int = 1,
+        topology: str = "auto",
     ) -> ModelSpec:
         """The spec of these files as they are now. ``auto`` is bfloat16 on a GPU and float32 on the CPU.
 
-        Raises ValueError for an unknown dtype, for unknown numerics and for numerics that the dtype does not allow,
-        OSError for a file that is not there.
+        Raises ValueError for an unknown dtype, for unknown numerics, for numerics that the dtype does not allow, and for
+        ranks that cannot share a clip, OSError for a file that is not there.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is not known; choose {', '.join(DTYPES)}")
@@ -84,6 +99,7 @@ class ModelSpec:
                 f"numerics fp8 needs bfloat16, and the dtype is {dtype} (auto is float32 on the CPU): choose dtype bfloat16, "
                 "or numerics exact or fast"
             )
+        _check_ranks(ranks, topology)
         components = filter(None, (video_vae, audio_vae, text_projection))
         files = [checkpoint, *components, *_text_encoder_files(text_encoder)]
         return cls(
@@ -97,6 +113,8 @@ class ModelSpec:
             text_projection=text_projection,
             limit_gib=limit_gib,
             numerics=numerics,
+            ranks=ranks,
+            topology=topology,
         )
 
     def with_lora(
@@ -127,6 +145,42 @@ class ModelSpec:
     def base(self) -> ModelSpec:
         """The model without its LoRAs."""
         return replace(self, loras=())
+
+    def of_rank(self, device: str) -> ModelSpec:
+        """This model on the device of one of its ranks."""
+        return replace(self, device=device)
+
+
+def rank_devices(device: str, ranks: int, present: Sequence[str]) -> tuple[str, ...]:
+    """The devices of so many ranks: GPUs from ``device`` on, or the CPU for each.
+
+    present: the devices that there are, such as ``cuda:0`` and ``cpu``. Raises ValueError when they are too few.
+    """
+    if ranks == 1 or device == "cpu":
+        return (device,) * ranks
+    kind, _, index = device.partition(":")
+    of_kind = [one for one in present if one.partition(":")[0] == kind]
+    wanted = tuple(f"{kind}:{int(index or 0) + rank}" for rank in range(ranks))
+    missing = [one for one in wanted if one not in of_kind]
+    if missing:
+        raise ValueError(
+            f"{ranks} GPUs from {device} on were asked for; {missing[0]} is not there. This machine has "
+            f"{', '.join(present)}: choose fewer GPUs, or another first device"
+        )
+    return wanted
+
+
+def _check_ranks(ranks: int, topology: str) -> None:
+    if ranks not in RANKS:
+        raise ValueError(
+            f"{ranks} GPUs cannot share a clip: the model has {_HEADS} attention heads, which they share evenly. Choose "
+            f"{', '.join(map(str, RANKS))}"
+        )
+    if topology not in TOPOLOGIES:
+        raise ValueError(f"there is no topology {topology!r}; choose {', '.join(TOPOLOGIES)}")
+    if topology != "auto" and math.prod(map(int, topology.split("x"))) != ranks:
+        fitting = [one for one in TOPOLOGIES[1:] if math.prod(map(int, one.split("x"))) == ranks]
+        raise ValueError(f"topology {topology} is not one of {ranks} GPUs; choose {', '.join(['auto', *fitting])}")
 
 
 def _text_encoder_files(path: Path) -> list[Path]:

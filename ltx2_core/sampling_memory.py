@@ -58,6 +58,10 @@ _FLOAT64_COPIES = {"res_2s": 3}
 # Widths that the allocator holds without use: memory of hidden layers that smaller tensors have cut up.
 _FRAGMENTED = 5
 
+# Widths of a share that are sent and received beside queries, keys and values where ranks share the picture, and weights of
+# attention between all of its tokens.
+_EXCHANGED, _WHOLE_WEIGHTS = 5, 3
+
 _ONE_LEVEL, _UNBIASED = AV(1, 1), AV(False, False)
 
 
@@ -105,6 +109,7 @@ def sampling_work_bytes(
     unpack_bytes: int = 0,
     fused: bool = False,
     eight_bit: bool = False,
+    ulysses: int = 1,
 ) -> WorkBytes:
     """The most that sampling takes beside the weights.
 
@@ -112,13 +117,35 @@ def sampling_work_bytes(
     batch: samples. passes: of a step. mode: ``split`` or ``batched``. dtype: of activations.
     levels: distinct values of each stream's mask. biased: which streams' self attention has weights.
     unpack_bytes: the most that unpacking one packed weight holds. fused: whether fused kernels run.
-    eight_bit: whether blocks compute in eight bits.
+    eight_bit: whether blocks compute in eight bits. ulysses: ranks that share the video's tokens.
 
     Without the workspaces of a GPU's libraries. Split passes count as if they differed from the first block on.
     Raises ValueError for an unknown mode.
     """
     if mode not in ("split", "batched"):
         raise ValueError(f"evaluation mode {mode!r} is not known; choose split or batched")
+    if ulysses > 1 and tokens.video:
+        share = sampling_work_bytes(
+            config,
+            AV(-(-tokens.video // ulysses), tokens.audio),
+            text_tokens,
+            batch=batch,
+            passes=passes,
+            mode=mode,
+            dtype=dtype,
+            levels=levels,
+            biased=biased,
+            sampler=sampler,
+            unpack_bytes=unpack_bytes,
+            fused=fused,
+            eight_bit=eight_bit,
+        )
+        samples = batch if mode == "split" else batch * passes
+        buffers = _EXCHANGED * samples * -(-tokens.video // ulysses) * config.streams.video.dim * dtype.itemsize
+        whole = _whole_on_every_rank(config, tokens.video, batch * passes, dtype) + buffers
+        if biased.video:
+            whole += _WHOLE_WEIGHTS * samples * tokens.video**2 * dtype.itemsize
+        return WorkBytes(share.allocated + whole, share.reserved + whole)
     split = mode == "split"
     samples = batch if split else batch * passes
     # split passes have inputs of their own for either prompt, also where all of them read the same
@@ -184,3 +211,10 @@ def sampling_work_bytes(
         )
     allocated = sum(one.kept + one.text for one in streams) + waiting + work
     return WorkBytes(allocated, allocated + _FRAGMENTED * max(one.width for one in streams))
+
+
+def _whole_on_every_rank(config: TransformerConfig, tokens: int, samples: int, dtype: torch.dtype) -> int:
+    """The most of a shared picture that every rank has of all tokens: while tables are made, and what stays."""
+    video = config.streams.video
+    tables = tokens * (video.dim + 2 * config.cross_dim) * dtype.itemsize
+    return tables + samples * tokens * video.in_channels * (_TOKEN_COPIES * dtype.itemsize + 3 * 8)

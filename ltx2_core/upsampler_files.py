@@ -14,6 +14,7 @@ from .file_kinds import UPSAMPLER
 from .fits import latent_space, what_fits
 from .loading.build import check
 from .loading.checkpoint import Checkpoint, CheckpointError, read_header
+from .shapes import VIDEO_SPACE_FACTOR, VIDEO_TIME_FACTOR, ClipShape
 from .vae.upsampler import LatentUpsampler
 
 _LOG = logging.getLogger("ltx2.engine")
@@ -96,3 +97,14 @@ def check_fits(
             f"{file_name}: this upsampler is for LTX-{stated.label}, but the model is LTX-{model_version_label}: "
             f"choose {what_fits(UPSAMPLER, model)}"
         )
+
+
+def upscaled(clip: ClipShape, config: UpsamplerConfig) -> ClipShape:
+    """The clip that a latent upsampler makes of a clip."""
+    frames, height, width = config.output_grid(*clip.grid)
+    return ClipShape(
+        (frames - 1) * VIDEO_TIME_FACTOR + 1,
+        height * VIDEO_SPACE_FACTOR,
+        width * VIDEO_SPACE_FACTOR,
+        clip.fps * 2 if config.temporal else clip.fps,
+    )

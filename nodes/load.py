@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..ltx2_core.config.numerics import NUMERICS
 from ..ltx2_core.host import host
-from ..ltx2_core.model_spec import DTYPES, ModelSpec
+from ..ltx2_core.model_spec import DTYPES, MAX_RANKS, TOPOLOGIES, ModelSpec, rank_devices
 from . import links
-from .fields import COMBO, FLOAT
+from .fields import COMBO, FLOAT, INT
 
 FROM_CHECKPOINT = "from the checkpoint"
 
@@ -94,6 +94,21 @@ class LTX2LoadModel:
                     "an NVIDIA GPU from RTX 40 or H100 on (compute capability 8.9) to be quicker.",
                     advanced=True,
                 ),
+                "gpus": INT(
+                    1,
+                    1,
+                    MAX_RANKS,
+                    "How many GPUs make one clip together: 1, 2, 4 or 8, from the device above on (auto: from the first). Each "
+                    "holds the whole transformer. With device cpu, as many processes share the CPU, which is for trying out.",
+                    advanced=True,
+                ),
+                "topology": COMBO(
+                    TOPOLOGIES,
+                    "How several GPUs share the passes of guided sampling: 2x4 is two groups of four GPUs, each group with "
+                    "passes of its own. auto chooses the quickest by size and measured speed of the connection, and the log "
+                    "says why.",
+                    advanced=True,
+                ),
             },
         }
 
@@ -109,10 +124,22 @@ class LTX2LoadModel:
         text_projection=FROM_CHECKPOINT,
         memory_limit=0.0,
         numerics="exact",
+        gpus=1,
+        topology="auto",
     ):
         return str(
             _spec(
-                checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection, memory_limit, numerics
+                checkpoint,
+                text_encoder,
+                dtype,
+                device,
+                video_vae,
+                audio_vae,
+                text_projection,
+                memory_limit,
+                numerics,
+                gpus,
+                topology,
             )
         )
 
@@ -128,11 +155,23 @@ class LTX2LoadModel:
         text_projection=FROM_CHECKPOINT,
         memory_limit=0.0,
         numerics="exact",
+        gpus=1,
+        topology="auto",
     ):
         from ..ltx2_core.engine import ModelHandle, open_engine
 
         spec = _spec(
-            checkpoint, text_encoder, dtype, device, video_vae, audio_vae, text_projection, memory_limit, numerics
+            checkpoint,
+            text_encoder,
+            dtype,
+            device,
+            video_vae,
+            audio_vae,
+            text_projection,
+            memory_limit,
+            numerics,
+            gpus,
+            topology,
         )
         # the node is done while its threads read, and prompts are encoded meanwhile
         return (ModelHandle(spec, open_engine(spec)).start(),)
@@ -148,18 +187,40 @@ def _spec(
     text_projection,
     memory_limit,
     numerics="exact",
+    gpus=1,
+    topology="auto",
 ):
     return ModelSpec.of(
         _resolved(_CHECKPOINT, checkpoint),
         host().resolve_text_encoder(text_encoder),
         dtype=dtype,
-        device=host().default_device() if device == "auto" else device,
+        device=_device(device, gpus),
         video_vae=_component(_VAE, video_vae),
         audio_vae=_component(_VAE, audio_vae),
         text_projection=_component(_TEXT_PROJECTION, text_projection),
         limit_gib=memory_limit,
         numerics=numerics,
+        ranks=gpus,
+        topology=topology,
     )
+
+
+def _device(device, gpus):
+    """The device, or the first of several; they are all there."""
+    present = host().compute_devices()
+    if device != "auto":
+        first = device
+    elif gpus == 1:
+        first = host().default_device()
+    else:
+        first = present[0]
+        if first == "cpu":
+            raise ValueError(
+                f"{gpus} GPUs were asked for; this machine has {', '.join(present)}: set gpus to 1, or device to cpu to have "
+                f"{gpus} processes share the CPU"
+            )
+    rank_devices(first, gpus, present)
+    return first
 
 
 def _listed(kinds):

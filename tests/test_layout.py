@@ -31,12 +31,15 @@ ALLOWED = {
     # pairs of connected Unix sockets
     "socket": {"ltx2_core.parallel.channel", "ltx2_core.parallel.processes"},
     "subprocess": {"ltx2_core.parallel.processes"},
+    "ray": {"nodes.runner.ray_nodes"},
     # prctl
     "ctypes": {"ltx2_core.parallel.parent_death"},
 }
 
 # they make the package before it can be imported
-PLACE_THE_PACK = {"__init__", "cli", "ltx2_core.parallel.worker_entry"}
+PLACE_THE_PACK = {"__init__", "cli", "nodes.runner.ray_nodes"} | {
+    f"ltx2_core.parallel.{name}" for name in ("worker", "worker_entry")
+}
 
 # the longest entry that contains a file says from which units of the pack it may import, beside its own
 MAY_IMPORT = {
@@ -51,6 +54,7 @@ MAY_IMPORT = {
     "ltx2_core.parallel.groups": BASE | {"ltx2_core.parallel.context"},
     "ltx2_core.parallel.sequence": BASE
     | {f"ltx2_core.{name}" for name in ("parallel.context", "transformer.inputs", "transformer.rope")},
+    "ltx2_core.parallel.topology": BASE | {"ltx2_core.parallel.groups", "ltx2_core.sampling.guidance"},
     "ltx2_core.parallel": BASE,
     "ltx2_core.sampling": BASE | {"kernels", "ltx2_core.conditioning.state"},
     "ltx2_core.text": BASE | HEADERS | {"kernels", "ltx2_core.loading.write"},
@@ -63,7 +67,7 @@ MAY_IMPORT = {
 
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview"}
 COMFYUI |= {"nodes", "node_helpers", "server"}
-HEAVY = {"av", "numpy", "PIL", "safetensors", "torch", "tqdm", "transformers", "yaml"}
+HEAVY = {"av", "numpy", "PIL", "ray", "safetensors", "torch", "tqdm", "transformers", "yaml"}
 BANNED = {
     **dict.fromkeys(("pickle", "dill", "marshal", "shelve", "joblib", "torch.load", "torch.save"), "pickled files"),
     **dict.fromkeys(("cloudpickle", "_pickle", "torch.serialization"), "pickled files"),
@@ -73,6 +77,7 @@ BANNED = {
     "ctypes": "foreign code",
     "torch.distributed": "process groups",
     "torch.multiprocessing": "processes",
+    "ray": "a cluster",
     "triton": "Triton",
 }
 
@@ -257,6 +262,9 @@ def test_file_keeps_the_layout(path):
             "from torch.distributed import all_gather_object",
             "all_gather_object: pickled messages",
         ),
+        ("nodes/runner/batch.py", "def f():\n import ray", "ray: a cluster"),
+        ("nodes/runner/ray_nodes.py", "import ray", "ray: heavy at module level"),
+        ("nodes/x.py", "def f():\n from ray.util import placement_group", "ray.util.placement_group: a cluster"),
         ("kernels/x.py", "import triton.language as tl", "triton.language: Triton"),
         ("ltx2_core/x_triton.py", "import triton", "triton: Triton"),
         (

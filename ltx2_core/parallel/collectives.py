@@ -37,20 +37,58 @@ class GroupCollectives:
         return gathered.view(-1, *x.shape)
 
 
-def join(rank: int, size: int, store: Path, *, backend: str, timeout: timedelta) -> None:
+def join(
+    rank: int, size: int, store: Path, *, backend: str, timeout: timedelta, device: torch.device | None = None
+) -> None:
     """Meet the other ranks through a file that no earlier group has used, in a folder of the user alone.
 
-    The environment says on which network interface (``GLOO_SOCKET_IFNAME``, ``NCCL_SOCKET_IFNAME``).
+    device: the GPU of this rank, for NCCL. The environment says on which network interface (``GLOO_SOCKET_IFNAME``,
+    ``NCCL_SOCKET_IFNAME``).
     """
     # a store on the file of an earlier group would hand on its values
     dist.init_process_group(
-        backend, store=dist.FileStore(str(store), size), rank=rank, world_size=size, timeout=timeout
+        backend,
+        store=dist.FileStore(str(store), size),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device,
     )
+
+
+def join_by_environment(backend: str, timeout: timedelta, device: torch.device | None) -> None:
+    """Meet the other ranks where the variables of torchrun say, on the network interfaces that the administrator chose.
+
+    device: the GPU of this rank, for NCCL.
+    """
+    dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device)
 
 
 def leave() -> None:
     """End all groups."""
     dist.destroy_process_group()
+
+
+class Control:
+    """Short words between all ranks, over Gloo, whatever carries their tensors."""
+
+    _WORD_BYTES = 4096
+
+    def __init__(self, timeout: timedelta) -> None:
+        """All ranks make one at the same time. timeout: how long a word of another rank is waited for."""
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+
+    def exchange(self, word: bytes) -> list[bytes]:
+        """The word of every rank, in their order. Longer ones than 4 KiB are cut off."""
+        mine = torch.zeros(self._WORD_BYTES, dtype=torch.uint8)
+        word = word[: self._WORD_BYTES]
+        mine[: len(word)] = torch.frombuffer(bytearray(word), dtype=torch.uint8)
+        return [bytes(row.tolist()).rstrip(b"\0") for row in GroupCollectives(self._group).all_gather(mine)]
+
+
+def broadcast(x: Tensor) -> None:
+    """Give all ranks what rank 0 has in a contiguous tensor, in place."""
+    dist.broadcast(x, src=0)
 
 
 def connect(rank: int, topology: Topology) -> tuple[ParallelContext, PassGroups]:

@@ -98,12 +98,13 @@ class JobRun:
                 self._take_event()
 
     def repeatable(self) -> bool:
-        """Whether the workers can take another job: all answered this one, and no rank with an error of its own."""
+        """Whether the workers can take another job: all answered this one, and no rank with an error that others ignore."""
         if self._is_lost or not self._job or not self._all_answered():
             return False
         errors = [answer for answer in self._answers.values() if answer.kind == "error"]
         alike = len(errors) == self._processes.size and len({error.name for error in errors}) == 1
-        return not errors or (alike and all(error.body.get("repeatable") is True for error in errors))
+        known = alike or all(error.body.get("agreed") is True for error in errors)
+        return known and all(error.body.get("repeatable") is True for error in errors)
 
     def _all_answered(self) -> bool:
         return len(self._answers) == self._processes.size

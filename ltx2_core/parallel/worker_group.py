@@ -73,6 +73,11 @@ class WorkerGroup:
             request = replace(request, generation=processes.generation, job=self._last_job)
             return self._see_through(JobRun(processes, self._launch.patience, request, on_progress), watch)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs."""
+        return self._busy.locked()
+
     def close(self, polite: bool = True) -> None:
         """End the workers; no process, thread or file is left when this returns. A later job starts fresh ones."""
         processes, self._processes = self._processes, None

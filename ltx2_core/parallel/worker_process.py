@@ -58,7 +58,8 @@ class Handler(Protocol):
     def run(self, job: Job) -> Result:
         """Do a job. Raises ``Interrupted`` when ``job.check_interrupt`` does.
 
-        A ValueError or HostOutOfMemory that all ranks raise leaves the group as it is, any other error ends it.
+        A ValueError or HostOutOfMemory leaves the group as it is if all ranks raise it, or if those that do set ``job.agreed``
+        and the others raise ``Interrupted``; any other error ends it.
         """
 
     def close(self) -> None:
@@ -71,6 +72,8 @@ class Job:
     def __init__(self, request: Message, inbox: Inbox, stage: str = "") -> None:
         self.request = request
         self.stage = stage
+        # whether all ranks know of the error that ends the job, and have left it like this one
+        self.agreed = False
         self._inbox = inbox
 
     def enter_stage(self, stage: str) -> None:
@@ -184,7 +187,7 @@ def _answer_next(handler: Handler, inbox: Inbox) -> bool:
 
 def _tell_error(job: Job, error: BaseException) -> None:
     log.error("stage %r failed", job.stage, exc_info=error)
-    body = {**_text(error), "repeatable": isinstance(error, REPEATABLE)}
+    body = {**_text(error), "repeatable": isinstance(error, REPEATABLE), "agreed": job.agreed}
     job.tell("error", name=ascii(type(error).__name__)[1:-1][:MAX_LABEL], body=body)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ...ltx2_core.host import use_host
 from ...ltx2_core.standalone import StandaloneHost
+from ..links import MODEL
 from .schema import Input, NodeClass, NodeTable, Prompt, hidden_of, inputs_of, is_link, title_of
 
 _LOG = logging.getLogger("ltx2.runner")
@@ -67,13 +68,14 @@ def execute(
     host: StandaloneHost,
     extra_data: Mapping[str, Any] | None = None,
     on_event: Event | None = None,
+    models: list[Any] | None = None,
 ) -> RunResult:
     """Run every output node of ``prompt``, which ``validate`` returned, and what they need.
 
-    on_event: called as ``on_event("executing" | "executed" | "output", node=id, ...)``. Raises ``NodeFailed``, and lets
-    ``Interrupted`` pass.
+    on_event: called as ``on_event("executing" | "executed" | "output", node=id, ...)``. models: takes every model that a
+    node opens, for who wants them to outlive the run. Raises ``NodeFailed``, and lets ``Interrupted`` pass.
     """
-    run = _Run(prompt, nodes, host, extra_data or {}, on_event or _ignore)
+    run = _Run(prompt, nodes, host, extra_data or {}, on_event or _ignore, models)
     try:
         with use_host(host), host.inference_scope():
             run.all_outputs()
@@ -87,11 +89,20 @@ def _ignore(type: str, **fields: Any) -> None:
 
 
 class _Run:
-    def __init__(self, prompt: Prompt, nodes: NodeTable, host: StandaloneHost, extra: Mapping[str, Any], event: Event):
+    def __init__(
+        self,
+        prompt: Prompt,
+        nodes: NodeTable,
+        host: StandaloneHost,
+        extra: Mapping[str, Any],
+        event: Event,
+        models: list[Any] | None,
+    ):
         self.outputs: dict[str, dict[str, Any]] = {}
         self.executed: list[str] = []
         self.files: list[Path] = []
         self._prompt, self._nodes, self._host, self._extra, self._event = prompt, nodes, host, extra, event
+        self._models = models
         self._instances: dict[str, Any] = {}
         self._values: dict[str, list[list[Any]]] = {}
         self._done: set[str] = set()
@@ -203,6 +214,7 @@ class _Run:
         rows, uis = self._split(node_id, returned, len(node_class.RETURN_TYPES))
         if self._consumers[node_id]:
             self._values[node_id] = _columns(rows, node_class)
+            self._keep_models(node_id, node_class)
         self._done.add(node_id)
         self.executed.append(node_id)
         if uis:
@@ -211,6 +223,11 @@ class _Run:
         self._event("executed", node=node_id)
         self._instances.pop(node_id, None)
         self._release(node_id)
+
+    def _keep_models(self, node_id: str, node_class: NodeClass) -> None:
+        if self._models is not None:
+            columns = zip(node_class.RETURN_TYPES, self._values[node_id], strict=True)
+            self._models += [value for kind, values in columns if kind == MODEL for value in values]
 
     def _call(self, node_id: str, method: str) -> list[Any]:
         """The results of a method, called once for each item of its list inputs."""

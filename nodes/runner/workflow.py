@@ -61,14 +61,38 @@ class Workflow:
 
 def read_workflow(path: Path) -> Workflow:
     """The workflow in ``path``. Raises ``WorkflowError`` when it is unreadable, too large, or in UI format."""
+    return decode_workflow(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """What ``path`` holds. Raises ``WorkflowError`` when it is unreadable or too large."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise WorkflowError("invalid_prompt", "Workflow file is too large", f"{path}: more than {MAX_BYTES} bytes")
-        return parse_workflow(data.decode("utf-8-sig"), path)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise WorkflowError("invalid_prompt", "Workflow file cannot be read", f"{path}: {error}") from error
+    if len(data) > MAX_BYTES:
+        raise WorkflowError("invalid_prompt", "Workflow file is too large", f"{path}: more than {MAX_BYTES} bytes")
+    return data
+
+
+def decode_workflow(data: bytes, path: Path) -> Workflow:
+    """The workflow that a file's bytes hold; ``path`` is for messages. Raises ``WorkflowError``."""
+    try:
+        return parse_workflow(data.decode("utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        raise WorkflowError("invalid_prompt", "Workflow file cannot be read", f"{path}: {error}") from error
+
+
+def find_workflows(paths: Sequence[Path]) -> list[Path]:
+    """The files among ``paths``, and the .json files of the folders among them. Raises WorkflowError for an empty folder."""
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(entry for entry in path.glob("*.json") if entry.is_file()) if path.is_dir() else [path]
+        if not inside:
+            raise WorkflowError("no_prompt", "Folder without workflows", f"{path}: no file in it ends in .json")
+        found += inside
+    return found
 
 
 def parse_workflow(text: str, path: Path = Path("workflow.json")) -> Workflow:

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from ltx2_engine.ltx2_core.av import AV
+from ltx2_engine.ltx2_core.condition_encoders import ModelEncoders
 from ltx2_engine.ltx2_core.conditioning.image import ImageCondition
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
 from ltx2_engine.ltx2_core.conditioning.native import from_native
-from ltx2_engine.ltx2_core.engine import _Encoders, open_engine
+from ltx2_engine.ltx2_core.engine import open_engine
 from ltx2_engine.ltx2_core.evaluate import batched_evaluate, split_evaluate
 from ltx2_engine.ltx2_core.host import Interrupted, use_host
 from ltx2_engine.ltx2_core.job import SampleJob
@@ -47,7 +48,7 @@ def image(seed=0):
 
 def encoded(engine, latent):
     """The first image of a latent as the engine encodes it."""
-    encoders = _Encoders(engine)
+    encoders = ModelEncoders(engine)
     return encoders.video(latent.conditions[0].pixels(CLIP, encoders.default_crf))
 
 
@@ -120,7 +121,7 @@ def test_batched_passes_equal_single_calls(engine):
     passes = plan_passes(AV(GUIDED, GUIDED))
     one = job(engine, guidance=GUIDED)
     latent = AVLatent(CLIP).with_condition(ImageCondition(image(), 0.8, crf=0))
-    states = latent.conditioned(engine._states(latent), _Encoders(engine))
+    states = latent.conditioned(engine._states(latent), ModelEncoders(engine))
     model = engine._networks["transformer"].use(0)
     x = states.map(lambda state: torch.randn(state.latent.shape, generator=torch.Generator().manual_seed(1)))
 

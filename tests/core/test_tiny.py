@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from ltx2_engine.ltx2_core.av import AV
+from ltx2_engine.ltx2_core.condition_encoders import ModelEncoders
 from ltx2_engine.ltx2_core.conditioning import state as tokens
 from ltx2_engine.ltx2_core.conditioning.image import ImageCondition
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
-from ltx2_engine.ltx2_core.engine import _Encoders
 from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.loading.build import check
 from ltx2_engine.ltx2_core.loading.checkpoint import read_header
@@ -118,7 +118,7 @@ def test_ltx_core_loads_the_transformer_and_takes_the_same_step(ltx_core, tiny_m
 
     path = tiny_models / "checkpoints" / checkpoint_file(label)
     model = loaded_by_ltx_core(path, LTXModelConfigurator, LTXV_MODEL_COMFY_RENAMING_MAP)
-    states = latent.conditioned(engine._states(latent), _Encoders(engine))
+    states = latent.conditioned(engine._states(latent), ModelEncoders(engine))
     x = noised(states, 1.0, TokenNoise(7, torch.device("cpu")))
     times = states.map(lambda state: state.mask[..., 0])  # sigma is 1
     for module, own in (

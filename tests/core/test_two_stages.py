@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ltx2_engine.ltx2_core.av import AV
+from ltx2_engine.ltx2_core.condition_encoders import ModelEncoders
 from ltx2_engine.ltx2_core.conditioning.audio import KeepAudio, Sound
 from ltx2_engine.ltx2_core.conditioning.image import ImageCondition
 from ltx2_engine.ltx2_core.conditioning.kinds import CONDITIONS
@@ -12,7 +13,7 @@ from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
 from ltx2_engine.ltx2_core.conditioning.pixels import clip_pixels
 from ltx2_engine.ltx2_core.conditioning.retake import retake
 from ltx2_engine.ltx2_core.config.fields import ConfigError
-from ltx2_engine.ltx2_core.engine import ModelHandle, _Encoders
+from ltx2_engine.ltx2_core.engine import ModelHandle
 from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.loading.write import write_checkpoint
 from ltx2_engine.ltx2_core.presets import DISTILLED_STAGE_2_SIGMAS, SAMPLERS
@@ -85,7 +86,7 @@ def test_the_second_stage_refines_the_first(tiny_engine, upsamplers):
     refined = engine.sample(job(engine, larger.with_condition(condition), sigmas=DISTILLED_STAGE_2_SIGMAS))
     assert refined.clip == larger.clip
     assert not torch.equal(refined.latents.video, larger.latents.video)
-    encoders = _Encoders(engine)
+    encoders = ModelEncoders(engine)
     kept = encoders.video(condition.pixels(larger.clip, encoders.default_crf))
     assert_close("first frame", refined.latents.video[:, :, :1], kept, 1e-5)
     joined = refined.with_audio_of(first)
@@ -203,7 +204,7 @@ def test_a_kept_sound_is_not_touched(tiny_engine):
     sound = Sound(0.3 * torch.randn(2, 16000, generator=torch.Generator().manual_seed(0)), 16000)
     latent = AVLatent(CLIP).with_condition(KeepAudio(sound))
     sampled = engine.sample(job(engine, latent, guidance=HQ))
-    encoded = _Encoders(engine).audio(sound.part(0.0, CLIP.duration_s).waveform[None], 16000)
+    encoded = ModelEncoders(engine).audio(sound.part(0.0, CLIP.duration_s).waveform[None], 16000)
     assert torch.equal(sampled.latents.audio, encoded[:, :, : CLIP.audio_latents].float())
     heard = KeepAudio(sound).heard(CLIP)
     assert torch.equal(heard.waveform, sound.waveform[:, : round(CLIP.duration_s * 16000)])
@@ -216,7 +217,7 @@ def test_a_retake_keeps_what_is_outside_the_span(tiny_engine):
     frames = torch.rand(CLIP.frames, 64, 96, 3, generator=torch.Generator().manual_seed(1))
     latent = AVLatent(CLIP).with_condition(*retake(frames, None, 0.0, 0.3))
     sampled = engine.sample(job(engine, latent)).latents.video
-    source = _Encoders(engine).video(clip_pixels(frames, 64, 96))
+    source = ModelEncoders(engine).video(clip_pixels(frames, 64, 96))
     # latent frame 2 holds pixel frames 9 to 16, from 0.375 s on
     assert torch.equal(sampled[:, :, 2], source[:, :, 2].float())
     assert not torch.allclose(sampled[:, :, :2], source[:, :, :2].float(), atol=1e-2)

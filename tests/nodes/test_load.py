@@ -8,6 +8,7 @@ from ltx2_engine import cli
 from ltx2_engine.ltx2_core.config.numerics import NUMERICS
 from ltx2_engine.ltx2_core.host import use_host
 from ltx2_engine.ltx2_core.media import read_video
+from ltx2_engine.ltx2_core.model_spec import rank_devices
 from ltx2_engine.ltx2_core.paths import PathError
 from ltx2_engine.ltx2_core.standalone import StandaloneHost
 from ltx2_engine.ltx2_core.tiny import BUNDLE, TEXT_ENCODER, checkpoint_file, split_file, write_tiny_set
@@ -113,9 +114,54 @@ def test_numerics_belong_to_the_model(models):
         assert LTX2LoadModel.IS_CHANGED(**full) != LTX2LoadModel.IS_CHANGED(**full, numerics="fast")
 
 
-def test_numerics_come_last_so_that_saved_workflows_keep_their_order(offered):
-    assert list(LTX2LoadModel.INPUT_TYPES()["optional"])[-1] == "numerics"
+def test_later_inputs_come_last_so_that_saved_workflows_keep_their_order(offered):
+    assert list(LTX2LoadModel.INPUT_TYPES()["optional"])[-3:] == ["numerics", "gpus", "topology"]
     assert offered["numerics"] == list(NUMERICS)
+
+
+class Devices(StandaloneHost):
+    """A host with these devices."""
+
+    def __init__(self, models, *present):
+        super().__init__([models], progress="quiet")
+        self.present = list(present)
+
+    def compute_devices(self):
+        return self.present
+
+
+def several(models, present, **choices):
+    with use_host(Devices(models, *present)):
+        full = {"checkpoint": checkpoint_file("2.3"), "text_encoder": TEXT_ENCODER, "dtype": "auto"}
+        components = dict.fromkeys(("video_vae", "audio_vae", "text_projection"), FROM_CHECKPOINT)
+        return _spec(**{**full, **components, "device": "auto", "memory_limit": 0.0, **choices})
+
+
+TWO_GPUS = ("cuda:0", "cuda:1", "cpu")
+
+
+def test_gpus_belong_to_the_model(models):
+    found = several(models, TWO_GPUS, gpus=2, topology="2x1")
+    assert (found.device, found.ranks, found.topology) == ("cuda:0", 2, "2x1")
+    assert several(models, ("cpu",), device="cpu", gpus=4).ranks == 4
+    assert (several(models, TWO_GPUS, device="cuda:1").ranks, found.base.ranks) == (1, 2)
+    assert rank_devices("cuda:0", 2, TWO_GPUS) == ("cuda:0", "cuda:1")
+    assert rank_devices("cpu", 3, ("cpu",)) == ("cpu", "cpu", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("present", "choices", "says"),
+    [
+        (TWO_GPUS, {"gpus": 3}, "3 GPUs cannot share a clip: .*Choose 1, 2, 4, 8"),
+        (TWO_GPUS, {"gpus": 4}, "4 GPUs from cuda:0 on .*cuda:2 is not there. This machine has cuda:0, cuda:1, cpu"),
+        (TWO_GPUS, {"gpus": 2, "device": "cuda:1"}, "cuda:2 is not there"),
+        (("cpu",), {"gpus": 2}, "this machine has cpu: set gpus to 1, or device to cpu"),
+        (TWO_GPUS, {"gpus": 2, "topology": "2x2"}, "topology 2x2 is not one of 2 GPUs; choose auto, 1x2, 2x1"),
+    ],
+)
+def test_gpus_that_cannot_be_used_are_refused(models, present, choices, says):
+    with pytest.raises(ValueError, match=says):
+        several(models, present, **choices)
 
 
 def test_reading_begins_before_another_node_asks(models):

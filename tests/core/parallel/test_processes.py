@@ -1,6 +1,5 @@
 """Workers as real processes: jobs, interrupts, deaths of all kinds, and that nothing is left behind."""
 
-import contextlib
 import gc
 import os
 import signal
@@ -24,53 +23,11 @@ from ltx2_engine.ltx2_core.parallel.shared_memory import Segment
 from ltx2_engine.ltx2_core.parallel.worker_environment import worker_environment
 from ltx2_engine.ltx2_core.parallel.worker_group import StaleHandle, WorkerGroup, WorkersBusy
 
+from .observe import Sockets, after, alive, internet_sockets, open_files, wait_for
+
 ROOT = Path(__file__).resolve().parents[3]
 ENTRY = Path(__file__).with_name("worker_jobs.py")
 PATIENCE = Patience(start=60, silence=1, others=1, stop=1, end=1)
-
-
-class Sockets(threading.Thread):
-    """Every TCP and UDP socket that this process or a descendant was seen with."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.seen, self.done = set(), threading.Event()
-        self.start()
-
-    def run(self):
-        while not self.done.wait(0.1):
-            self.seen |= internet_sockets()
-
-
-def internet_sockets():
-    of_the_host = {
-        line.split()[9]: f"{kind} {line}"
-        for kind in ("tcp", "tcp6", "udp", "udp6")
-        for line in Path("/proc/net", kind).read_text().splitlines()[1:]
-    }
-    ours = {link[8:-1] for pid in descendants(os.getpid()) for link in links(pid) if link.startswith("socket:[")}
-    return {of_the_host[inode] for inode in ours & of_the_host.keys()}
-
-
-def links(pid):
-    with contextlib.suppress(OSError):  # it has ended
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                yield os.readlink(entry.path)
-
-
-def open_files():
-    """What this process has open, without what the other thread reads about processes."""
-    return sorted(link for link in links(os.getpid()) if not link.startswith("/proc/"))
-
-
-def descendants(pid):
-    """The process and all that it has started, and those have."""
-    yield pid
-    with contextlib.suppress(OSError):
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                yield from descendants(int(child))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,27 +57,6 @@ def about(group):
 
 def pids(group):
     return [body["pid"] for body in about(group)]
-
-
-def alive(pid):
-    """Whether a process of this number runs; one that has ended and was not waited for does not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_for(condition, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
-
-
-def after(seconds, action):
-    timer = threading.Timer(seconds, action)
-    timer.start()
-    return timer
 
 
 # jobs ----------------------------------------------------------------------------------------------------------------

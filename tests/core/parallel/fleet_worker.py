@@ -1,0 +1,51 @@
+"""The entry file of a fleet's workers that fail where a test wants it: as ``parallel/worker.py``, with faults.
+
+The file that ``LTX2_TEST_FAULT`` names says which: a JSON object with a rank and a place.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+PARALLEL = pathlib.Path(__file__).resolve().parents[3] / "ltx2_core" / "parallel"
+
+
+def fault(place):
+    """What shall go wrong at this place on this rank, if anything."""
+    file = pathlib.Path(os.environ["LTX2_TEST_FAULT"])
+    wanted = json.loads(file.read_text()) if file.exists() else {}
+    return (wanted.get("rank"), wanted.get("place")) == (int(os.environ["RANK"]), place)
+
+
+def plant_faults():
+    from ltx2_engine.ltx2_core.engine import LocalEngine
+    from ltx2_engine.ltx2_core.host import HostOutOfMemory
+    from ltx2_engine.ltx2_core.transformer.model import Transformer
+
+    placed, run_passes = LocalEngine._placed, Transformer.run_passes
+
+    def short_of_memory(self, *args):
+        if fault("before the first step"):
+            raise HostOutOfMemory("the transformer does not fit")
+        return placed(self, *args)
+
+    def out_of_memory(self, *args, **options):
+        if fault("in a step"):
+            raise RuntimeError("CUDA out of memory")
+        return run_passes(self, *args, **options)
+
+    LocalEngine._placed, Transformer.run_passes = short_of_memory, out_of_memory
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(PARALLEL))
+    from worker_entry import enter
+
+    enter()
+
+    from ltx2_engine.ltx2_core.fleet.handler import EngineJobs
+    from ltx2_engine.ltx2_core.parallel.worker_process import serve
+
+    plant_faults()
+    serve(EngineJobs)
