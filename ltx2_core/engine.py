@@ -25,8 +25,8 @@ from .conditioning import state as tokens
 from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
 from .config.version import ModelVersion
+from .decoding import decode_video
 from .evaluate import EVALUATIONS
-from .frames import deliver
 from .graphs import WORTH_CAPTURING, can_capture
 from .host import Progress, host
 from .job import DecodedClip, SampleJob, check_job, check_latents
@@ -43,7 +43,7 @@ from .presets import default_image_crf
 from .preview import Previewer
 from .sampling.denoise import Denoiser
 from .sampling.guidance import GuidancePass, StreamGuidance, evaluation_mode, plan_passes
-from .sampling.noise import SamplerNoise, generator, noise_source, noised
+from .sampling.noise import SamplerNoise, noise_source, noised
 from .sampling.samplers import NEEDS_UNCOND, SAMPLERS, evaluations
 from .sampling.sigmas import check_sigmas
 from .sampling.warm_up import warm_up
@@ -60,6 +60,7 @@ from .upsampler_files import check_fits, read_upsampler
 from .vae import tiling
 from .vae.audio import encode_waveform
 from .vae.upsampler import upsample
+from .vae.video_decoder import VideoDecoder
 
 _LOG = logging.getLogger("ltx2.engine")
 
@@ -68,8 +69,6 @@ _TEXT_WORK_BYTES = 2 << 30
 _AUDIO_WORK_BYTES = 1 << 30
 # ComfyUI's planning figure for the latent upsamplers, per element of the result
 _UPSAMPLER_BYTES_PER_ELEMENT = 3000
-# The reference draws the decoder's noise from the run's generator; a fixed seed keeps decoding repeatable by itself.
-_DECODER_NOISE_SEED = 42
 
 
 class LocalEngine:
@@ -395,7 +394,23 @@ class LocalEngine:
 
     def _decode_video(self, video: Tensor, clip: ClipShape, choice: str, sound: SoundDecoding | None) -> Tensor:
         """Frames [B * F, H, W, 3]; ``sound`` is decoded too where there is room for both."""
-        plan_for = partial(tiling.plan_decode, self.config.video_vae, tuple(video.shape), self.dtype.itemsize)
+        decoder, free = self.place_video_decoder(video, choice, sound)
+        plan = self.plan_video(video, free, choice)
+        frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3)
+        check = host().check_interrupt
+        with host().progress(clip.frames, "decoding video") as progress:
+            decode_video(decoder, video, plan, frames, sound=sound, on_frames=progress.to, check=check)
+        return frames.flatten(0, 1)
+
+    def place_video_decoder(
+        self, video: Tensor, choice: str, sound: SoundDecoding | None = None, *, ranks: int = 1
+    ) -> tuple[VideoDecoder, int | None]:
+        """Place the decoder for a rank's band of latents, and the sound's networks where there is room for both.
+
+        Returns the decoder and the bytes that are free for its work, None when unknown: ``plan_video`` takes the least
+        of all ranks.
+        """
+        plan_for = partial(self.plan_video, video, ranks=ranks)
         component = self._networks["video_decoder"]
         self._networks["transformer"].rest()
         self._make_room_in_limit(component.full_bytes, plan_for)
@@ -404,19 +419,12 @@ class LocalEngine:
         left = 0 if sound is None else sound.prepare(self._free_bytes(), component.missing_bytes + least)
         decoder = component.use(least + left)
         free = self._free_bytes()
-        plan = plan_for(None if free is None else free - left, choice)
-        _LOG.info("decoding video %s", plan)
-        latents = video.to(self.device, self.dtype)
-        frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3)
-        conditioned = self.config.video_vae.decoder.timestep_conditioning
-        noise = generator(_DECODER_NOISE_SEED, self.device) if conditioned else None
-        check = host().check_interrupt
-        with host().progress(clip.frames, "decoding video") as progress:
-            pieces = tiling.decode(decoder, latents, plan, noise=noise, check=check)
-            if sound is not None:
-                pieces = sound.beside(pieces)
-            deliver(pieces, frames, self.device, progress.to, check)
-        return frames.flatten(0, 1)
+        return decoder, None if free is None else free - left
+
+    def plan_video(self, video: Tensor, free: int | None, choice: str, *, ranks: int = 1) -> tiling.TilePlan:
+        """How so many ranks decode latents in the bytes that are free on each."""
+        shape, size = tuple(video.shape), self.dtype.itemsize
+        return tiling.plan_decode(self.config.video_vae, shape, size, free, choice, ranks=ranks)
 
     def _make_room_in_limit(self, decoder_bytes: int, plan_for: Callable[[int | None, str], tiling.TilePlan]) -> None:
         """Give up other weights where the user's limit would have the picture cut into tiles beside them."""
