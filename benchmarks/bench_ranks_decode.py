@@ -175,13 +175,14 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of GPUs beside one")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--free", type=float, default=1024.0, metavar="GIB", help="that a rank's plan may count on")
+    parser.add_argument("--chunk", type=int, default=0, help="frames of a piece in place of the plan's")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--name", default="ranks_decode_2.3", help="of the result")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args(arguments)
-    job = Job(str(options.shape), str(Shape(192, 256, 49)), options.repeats, options.free, options.tiny)
+    job = Job(str(options.shape), str(Shape(192, 256, 49)), options.repeats, options.free, False, options.chunk)
     if options.tiny:
-        job = Job(str(Shape(160, 64, 17)), str(Shape(96, 64, 17)), 1, options.free, True)
+        job = Job(str(Shape(160, 64, 17)), str(Shape(96, 64, 17)), 1, options.free, True, options.chunk)
     sizes = [1, *sorted({size for size in options.sizes if size > 1})]
     # on the CPU any number
     there = torch.cuda.device_count() or max(sizes)

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,16 @@ WARM_UPS = 2
 
 @dataclass(frozen=True)
 class Job:
-    """What all ranks do. check: of the clip in float32. free_gib: what a rank's plan may count on."""
+    """What all ranks do. check: of the clip in float32. free_gib: what a rank's plan may count on. chunk: frames of a
+    piece in place of the plan's; 0: the plan's.
+    """
 
     shape: str
     check: str
     repeats: int
     free_gib: float
     tiny: bool
+    chunk: int = 0
 
     @property
     def config(self) -> ModelConfig:
@@ -97,6 +100,7 @@ def work(rank: Rank, job: Job, descriptors: list[int]) -> dict[str, Any]:
         latents = drawing(rank.device, dtype)(1, config.video_vae.latent_channels, *shape.clip.grid)
         free = int(job.free_gib * GIB)
         plan = plan_decode(config.video_vae, tuple(latents.shape), dtype.itemsize, free, ranks=rank.size)
+        plan = replace(plan, chunk_frames=job.chunk) if job.chunk else plan
         return decoder, latents, plan
 
     with Segment(descriptors[0], frames_place(check).end) as segment:
