@@ -20,7 +20,8 @@ from torch import Tensor
 from ..av import AV
 from ..graphs import RunAhead
 from ..host import Interrupted
-from ..parallel.collectives import Control, broadcast, connect, join, leave
+from ..parallel.bands import Bands, deal
+from ..parallel.collectives import Control, GroupNeighbours, broadcast, connect, join, leave, neighbours
 from ..parallel.context import Collectives, ParallelContext
 from ..parallel.gates import Board, Gates
 from ..parallel.groups import PassGroups, Topology
@@ -64,6 +65,7 @@ class Team(Ranks):
         )
         self._control = Control(_WORDS_TIMEOUT)
         self._board = Board(seat.group_folder / "gates", seat.size)
+        self._neighbours: GroupNeighbours | None = None
         self._connected: dict[Topology, tuple[ParallelContext, PassGroups]] = {}
         self._link_speed = LINK_SPEED
         # what all ranks have heard of, so that nothing more is said of it; and that with which they can go on
@@ -134,6 +136,21 @@ class Team(Ranks):
                 yield Seat(gates.before_block, parallel, groups, self._settled)
             except Interrupted as stop:
                 # gates stop all ranks
+                self.agreed_error = stop
+                raise
+
+    @contextmanager
+    def decoding(self, rows: int) -> Iterator[tuple[Bands, Callable[[], None]]]:
+        together = Topology(1, self.size)
+        gates = Gates(
+            self._board, self.rank, together, self._job.request.job, self._job.interrupted, self._pace(together)
+        )
+        if self._neighbours is None:
+            self._neighbours = neighbours(self._device)
+        with self._host.deaf():
+            try:
+                yield Bands(self.rank, deal(rows, self.size), self._neighbours), gates.before_block
+            except Interrupted as stop:
                 self.agreed_error = stop
                 raise
 
