@@ -58,6 +58,10 @@ _FLOAT64_COPIES = {"res_2s": 3}
 # Widths that the allocator holds without use: memory of hidden layers that smaller tensors have cut up.
 _FRAGMENTED = 5
 
+# Widths of a share that are sent and received beside queries, keys and values where ranks share the picture, and weights of
+# attention between all of its tokens.
+_EXCHANGED, _WHOLE_WEIGHTS = 5, 3
+
 _ONE_LEVEL, _UNBIASED = AV(1, 1), AV(False, False)
 
 
@@ -136,7 +140,11 @@ def sampling_work_bytes(
             fused=fused,
             eight_bit=eight_bit,
         )
-        whole = _whole_on_every_rank(config, tokens.video, batch * passes, biased.video, dtype)
+        samples = batch if mode == "split" else batch * passes
+        buffers = _EXCHANGED * samples * -(-tokens.video // ulysses) * config.streams.video.dim * dtype.itemsize
+        whole = _whole_on_every_rank(config, tokens.video, batch * passes, dtype) + buffers
+        if biased.video:
+            whole += _WHOLE_WEIGHTS * samples * tokens.video**2 * dtype.itemsize
         return WorkBytes(share.allocated + whole, share.reserved + whole)
     split = mode == "split"
     samples = batch if split else batch * passes
@@ -205,10 +213,8 @@ def sampling_work_bytes(
     return WorkBytes(allocated, allocated + _FRAGMENTED * max(one.width for one in streams))
 
 
-def _whole_on_every_rank(config: TransformerConfig, tokens: int, samples: int, biased: bool, dtype: torch.dtype) -> int:
+def _whole_on_every_rank(config: TransformerConfig, tokens: int, samples: int, dtype: torch.dtype) -> int:
     """The most of a shared picture that every rank has of all tokens: while tables are made, and what stays."""
     video = config.streams.video
     tables = tokens * (video.dim + 2 * config.cross_dim) * dtype.itemsize
-    latents = samples * tokens * video.in_channels * (_TOKEN_COPIES * dtype.itemsize + 3 * 8)
-    weights = 3 * samples * tokens**2 * dtype.itemsize if biased else 0
-    return tables + latents + weights
+    return tables + samples * tokens * video.in_channels * (_TOKEN_COPIES * dtype.itemsize + 3 * 8)

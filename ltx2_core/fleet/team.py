@@ -1,12 +1,11 @@
 """A rank among those that make one clip: what they agree on, over a channel of short words beside that of the tensors.
 
 Whatever one rank alone can do or fail at (loading, room, encoding pictures) is ``agree``: each does it, then all tell how it
-went, and all go on or none does. Between two agreements only gates stop a rank (`parallel/gates.py`).
+went (`agreement.py`), and all go on or none does. Between two agreements only gates stop a rank (`parallel/gates.py`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +25,12 @@ from ..parallel.context import Collectives, ParallelContext
 from ..parallel.gates import Board, Gates
 from ..parallel.groups import PassGroups, Topology
 from ..parallel.topology import LINK_SPEED, StageWork, choose_topology, name
-from ..parallel.worker_process import REPEATABLE, Job
+from ..parallel.worker_process import Job
 from ..parallel.worker_process import Seat as WorkerSeat
 from ..ranks import Ranks, Seat
 from ..sampling.denoise import Evaluate
 from ..sampling.guidance import GuidancePass
+from .agreement import Agreement
 from .link_speed import measured_link_speed
 from .worker_host import WorkerHost
 
@@ -43,8 +43,6 @@ _WORDS_TIMEOUT = timedelta(days=2)
 _TENSORS_TIMEOUT = timedelta(minutes=30)
 # blocks that wait on the device beside the one that runs
 _BLOCKS_AHEAD = 4
-# of an error's text in a word; the rank itself tells the parent all of it
-_MAX_TEXT = 300
 
 
 class Team(Ranks):
@@ -63,55 +61,33 @@ class Team(Ranks):
             timeout=_TENSORS_TIMEOUT,
             device=device if on_gpu else None,
         )
-        self._control = Control(_WORDS_TIMEOUT)
+        self._agreement = Agreement(Control(_WORDS_TIMEOUT).exchange)
         self._board = Board(seat.group_folder / "gates", seat.size)
         self._neighbours: GroupNeighbours | None = None
         self._connected: dict[Topology, tuple[ParallelContext, PassGroups]] = {}
         self._link_speed = LINK_SPEED
-        # what all ranks have heard of, so that nothing more is said of it; and that with which they can go on
-        self._told_error: BaseException | None = None
-        self.agreed_error: BaseException | None = None
         if on_gpu:
             own = measured_link_speed(self._connect(Topology(1, seat.size))[0], device)
             self._link_speed = float(self.least(int(own)) or 1)
             log.info("ranks exchange %.0f GB/s each", self._link_speed / 1e9)
 
+    @property
+    def agreed_error(self) -> BaseException | None:
+        """What has ended the job on all ranks, after which they can go on."""
+        return self._agreement.agreed
+
     def forget(self) -> None:
         """Let go of what ended the last job."""
-        self._told_error = self.agreed_error = None
+        self._agreement.forget()
 
     def close(self) -> None:
         leave()
 
-    # agreements -------------------------------------------------------------------------------------------------------
-
     def agree(self, work: Callable[[], T]) -> T:
-        try:
-            result = work()
-        except BaseException as error:
-            if error is not self._told_error:
-                self._tell_and_raise(_Word.of(error), error)
-            raise
-        self._tell_and_raise(_Word())
-        return result
+        return self._agreement.on(work)
 
     def least(self, number: int | None) -> int | None:
-        words = self._tell_and_raise(_Word(number=number))
-        return min((word.number for word in words if word.number is not None), default=None)
-
-    def _tell_and_raise(self, mine: _Word, error: BaseException | None = None) -> list[_Word]:
-        """The words of all ranks. Raises on all of them when one tells of an error: its own there, ``Interrupted`` elsewhere."""
-        words = [_Word.read(word) for word in self._control.exchange(mine.to_bytes())]
-        if all(word.kind == "fine" for word in words):
-            return words
-        if error is None:
-            where = ", ".join(f"rank {rank}: {word.text}" for rank, word in enumerate(words) if word.kind != "fine")
-            error = Interrupted(f"given up by all ranks: {where}")
-        self._told_error = error
-        # after an error that may be repeated, all ranks are as they were
-        if all(word.kind != "broken" for word in words):
-            self.agreed_error = error
-        raise error
+        return self._agreement.least(number)
 
     # stages -----------------------------------------------------------------------------------------------------------
 
@@ -135,8 +111,8 @@ class Team(Ranks):
             try:
                 yield Seat(gates.before_block, parallel, groups, self._settled)
             except Interrupted as stop:
-                # gates stop all ranks
-                self.agreed_error = stop
+                # the gates have stopped all ranks
+                self._agreement.stopped(stop)
                 raise
 
     @contextmanager
@@ -208,26 +184,3 @@ class _Gated:
     def all_gather(self, x: Tensor) -> Tensor:
         self.gates.before_exchange()
         return self.inner.all_gather(x)
-
-
-@dataclass(frozen=True)
-class _Word:
-    """How something went on one rank: fine, stopped, failed in a way that may be repeated, or broken."""
-
-    kind: str = "fine"
-    text: str = ""
-    number: int | None = None
-
-    @classmethod
-    def of(cls, error: BaseException) -> _Word:
-        if isinstance(error, Interrupted):
-            return cls("stopped", "stopped")
-        kind = "failed" if isinstance(error, REPEATABLE) else "broken"
-        return cls(kind, f"{type(error).__name__}: {error}"[:_MAX_TEXT])
-
-    def to_bytes(self) -> bytes:
-        return json.dumps([self.kind, self.text, self.number]).encode()
-
-    @classmethod
-    def read(cls, data: bytes) -> _Word:
-        return cls(*json.loads(data.decode()))

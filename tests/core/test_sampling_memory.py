@@ -16,6 +16,7 @@ from ltx2_engine.ltx2_core.config.released import released_config
 from ltx2_engine.ltx2_core.config.transformer import TransformerConfig
 from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
 from ltx2_engine.ltx2_core.loading.arena import Arena
+from ltx2_engine.ltx2_core.parallel.context import SINGLE, ParallelContext
 from ltx2_engine.ltx2_core.sampling.choice import SamplerChoice
 from ltx2_engine.ltx2_core.sampling.denoise import Denoiser
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
@@ -47,11 +48,11 @@ def compare(name, predicted, measured, tolerance=TOLERANCE):
 # whole runs of a small model on the CPU -------------------------------------------------------------------------------
 
 
-def small_config(label, dtype):
+def small_config(label, dtype, heads=2):
     config = TransformerConfig.from_config(released_config(label))
 
     def small(stream, head_dim):
-        sizes = {"heads": 2, "head_dim": head_dim, "context_dim": 2 * head_dim}
+        sizes = {"heads": heads, "head_dim": head_dim, "context_dim": heads * head_dim}
         return replace(stream, **sizes, in_channels=CHANNELS, out_channels=CHANNELS)
 
     # wide enough that a block's arena leaves no gaps between weights
@@ -60,9 +61,9 @@ def small_config(label, dtype):
     return replace(config, streams=streams, num_layers=2, caption_channels=caption)
 
 
-def small_model(label, dtype):
+def small_model(label, dtype, heads=2):
     torch.manual_seed(0)
-    model = Transformer(small_config(label, dtype)).requires_grad_(False).to(dtype)
+    model = Transformer(small_config(label, dtype, heads)).requires_grad_(False).to(dtype)
     for parameter in model.parameters():
         parameter.data = (torch.randn(parameter.shape) * 0.05).to(dtype)
     for block in model.blocks:
@@ -71,8 +72,8 @@ def small_model(label, dtype):
     return model
 
 
-def run(model, clip, *, passes=1, mode="split", sampler="euler", batch=1, kept=False, biased=False, text=64):
-    """The peak of a run of two steps, and its prediction."""
+def run(model, clip, *, passes=1, mode="split", sampler="euler", batch=1, kept=False, biased=False, text=64, ulysses=1):
+    """The peak of a run of two steps, on one of so many ranks that share the video, and its prediction."""
     config = model.config
     dtype = model.video.patchify_proj.weight.dtype
     widths = config.streams.map(lambda stream: config.caption_channels or stream.context_dim)
@@ -87,7 +88,10 @@ def run(model, clip, *, passes=1, mode="split", sampler="euler", batch=1, kept=F
         states = AV(video, tokens.audio_state(torch.zeros(batch, CHANNELS, clip.audio_latents, 1, dtype=dtype)))
         del video
         prompts = [widths.map(lambda width: torch.randn(1, text, width).to(dtype)) for _ in range(min(passes, 2))]
-        evaluate = EVALUATIONS[mode](model, states, planned, prompts[0], (*prompts, None)[1], lambda: None)
+        parallel = SINGLE if ulysses == 1 else ParallelContext(0, ulysses, Alike(ulysses))
+        evaluate = EVALUATIONS[mode](
+            model, states, planned, prompts[0], (*prompts, None)[1], lambda: None, parallel=parallel
+        )
         x = states.map(lambda state: torch.randn_like(state.latent))
         live.peak = 0
         choice = SamplerChoice(sampler)
@@ -105,8 +109,22 @@ def run(model, clip, *, passes=1, mode="split", sampler="euler", batch=1, kept=F
         levels=AV(2 if kept else 1, 1),
         biased=AV(biased, False),
         sampler=sampler,
+        ulysses=ulysses,
     )
     return predicted.allocated, live.peak
+
+
+class Alike:
+    """Collectives among ranks that all send the same."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def all_to_all(self, x):
+        return x.clone()
+
+    def all_gather(self, x):
+        return x.expand(self.size, *x.shape).clone()
 
 
 @pytest.mark.parametrize("label", ["2.0", "2.3"])
@@ -134,6 +152,19 @@ def test_the_peak_with_attention_weights(mode, passes):
     model = small_model("2.3", torch.float32)
     predicted, measured = run(model, ClipShape(65, 256, 256, 24.0), passes=passes, mode=mode, kept=True, biased=True)
     compare(f"weighted attention, {passes} {mode}", predicted, measured)
+
+
+@pytest.mark.parametrize("ulysses", [2, 4])
+@pytest.mark.parametrize(("mode", "passes"), [("split", 1), ("split", 4), ("batched", 4)])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "weighted"])
+def test_ranks_that_share_a_picture_need_less_and_are_not_planned_short(mode, passes, ulysses, biased):
+    model, clip = small_model("2.3", torch.float32, heads=4), ClipShape(65, 256, 256, 24.0)
+    predicted, measured = run(model, clip, passes=passes, mode=mode, biased=biased, ulysses=ulysses)
+    alone, _ = run(model, clip, passes=passes, mode=mode, biased=biased)
+    print(
+        f"{ulysses} ranks: predicted {predicted / 1e6:.2f} MB, measured {measured / 1e6:.2f} MB, alone {alone / 1e6:.2f}"
+    )
+    assert measured <= predicted
 
 
 # the full-size transformer on the meta device --------------------------------------------------------------------------
