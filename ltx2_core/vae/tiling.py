@@ -148,10 +148,8 @@ def plan_decode(
     Raises ValueError for another choice.
     """
     batch, _, latent_frames, picture_height, width = latent_shape
-    height = picture_height
-    if ranks > 1:
-        # at the coarsest stage what neighbours add is two rows; at the finest, where most is, a part of one
-        height = min(deal(picture_height, ranks)[0] + 1, picture_height)
+    # what neighbours add is two rows of every stage: at the finest, where most is, a part of a latent row
+    height = picture_height if ranks == 1 else deal(picture_height, ranks)[0] + 1
     decoder = config.decoder
     costs = decoder_costs(decoder)
     sizes = _Sizes(
