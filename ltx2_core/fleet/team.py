@@ -102,32 +102,32 @@ class Team(Ranks):
     @contextmanager
     def sampling(self, topology: Topology) -> Iterator[Seat]:
         parallel, groups = self._connect(topology)
-        gates = Gates(
-            self._board, self.rank, topology, self._job.request.job, self._job.interrupted, self._pace(topology)
-        )
+        gates = self._gates(topology)
         if groups.collectives is not None:
             groups = PassGroups(groups.own, groups.count, _Gated(groups.collectives, gates))
-        with self._host.deaf():
-            try:
-                yield Seat(gates.before_block, parallel, groups, self._settled)
-            except Interrupted as stop:
-                # the gates have stopped all ranks
-                self._agreement.stopped(stop)
-                raise
+        with self._stopped_by_gates():
+            yield Seat(gates.before_block, parallel, groups, self._settled)
 
     @contextmanager
     def decoding(self, rows: int) -> Iterator[tuple[Bands, Callable[[], None]]]:
-        together = Topology(1, self.size)
-        gates = Gates(
-            self._board, self.rank, together, self._job.request.job, self._job.interrupted, self._pace(together)
-        )
+        gates = self._gates(Topology(1, self.size))
         if self._neighbours is None:
             self._neighbours = neighbours(self._device)
+        with self._stopped_by_gates():
+            yield Bands(self.rank, deal(rows, self.size), self._neighbours), gates.before_block
+
+    def _gates(self, topology: Topology) -> Gates:
+        job = self._job
+        return Gates(self._board, self.rank, topology, job.request.job, job.interrupted, self._pace(topology))
+
+    @contextmanager
+    def _stopped_by_gates(self) -> Iterator[None]:
         with self._host.deaf():
             try:
-                yield Bands(self.rank, deal(rows, self.size), self._neighbours), gates.before_block
+                yield
             except Interrupted as stop:
-                self.agreed_error = stop
+                # the gates have stopped all ranks
+                self._agreement.stopped(stop)
                 raise
 
     @property
