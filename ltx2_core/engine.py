@@ -26,8 +26,8 @@ from .conditioning import state as tokens
 from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
 from .config.version import ModelVersion
+from .decoding import decode_video
 from .evaluate import EVALUATIONS
-from .frames import deliver
 from .graphs import WORTH_CAPTURING, can_capture
 from .host import Progress, host
 from .job import DecodedClip, SampleJob, check_latents, planned_passes
@@ -46,7 +46,7 @@ from .preview import Previewer
 from .ranks import ALONE, Ranks, Seat, ranks_of_process
 from .sampling.denoise import Denoiser
 from .sampling.guidance import GuidancePass, StreamGuidance, evaluation_mode
-from .sampling.noise import SamplerNoise, generator, noise_source, noised
+from .sampling.noise import SamplerNoise, noise_source, noised
 from .sampling.samplers import SAMPLERS, evaluations
 from .sampling.sigmas import check_sigmas
 from .sampling.warm_up import warm_up
@@ -63,6 +63,7 @@ from .transformer.model import Transformer
 from .upsampler_files import check_fits, read_upsampler, upscaled
 from .vae import tiling
 from .vae.upsampler import upsample
+from .vae.video_decoder import VideoDecoder
 
 if TYPE_CHECKING:
     from .fleet.engine import FleetEngine
@@ -73,8 +74,6 @@ _LOG = logging.getLogger("ltx2.engine")
 _TEXT_WORK_BYTES = 2 << 30
 # ComfyUI's planning figure for the latent upsamplers, per element of the result
 _UPSAMPLER_BYTES_PER_ELEMENT = 3000
-# The reference draws the decoder's noise from the run's generator; a fixed seed keeps decoding repeatable by itself.
-_DECODER_NOISE_SEED = 42
 
 
 class LocalEngine:
@@ -226,7 +225,8 @@ class LocalEngine:
     def decode(self, latent: AVLatent, tiling_choice: str, out: Tensor | None = None) -> DecodedClip:
         """Decode a sampled latent to frames and sound. Raises ValueError for one that was not sampled.
 
-        out: memory for the frames, [B, F, H, W, 3] float32 on the CPU.
+        out: memory for the frames, [B, F, H, W, 3] float32 on the CPU. Several ranks write their rows of it, and the
+        last one has the sound.
         """
         video, audio = latent.latents.video, latent.latents.audio
         if (video is None and latent.streams.video) or (audio is None and latent.streams.audio):
@@ -234,14 +234,14 @@ class LocalEngine:
         check_latents(latent, self.config)
         frames = waveform = None
         with torch.no_grad():
-            sound = None if audio is None else self._sound(audio)
+            ranks = self._ranks
+            # the last rank's band is not the tallest
+            sound = None if audio is None or ranks.rank < ranks.size - 1 else self._sound(audio)
             if video is not None:
                 with phase("decoding video", self.device):
                     frames = self._decode_video(video, latent.clip, tiling_choice, sound, out)
-            if sound is not None:
-                # of a sound that is decoded beside the video, what it took longer
-                with phase("decoding sound", self.device):
-                    waveform = sound.result()
+            # of a sound that is decoded beside the video, what it took longer
+            waveform = ranks.agree(lambda: None if sound is None else self._waveform(sound))
         return DecodedClip(frames, waveform, self.config.vocoder.sample_rate, latent.clip.fps)
 
     def close(self) -> None:
@@ -416,6 +416,10 @@ class LocalEngine:
 
     # decoding ---------------------------------------------------------------------------------------------------
 
+    def _waveform(self, sound: SoundDecoding) -> Tensor:
+        with phase("decoding sound", self.device):
+            return sound.result()
+
     def _sound(self, audio: Tensor) -> SoundDecoding:
         return SoundDecoding(audio, self._networks["audio_decoder"], self._networks["vocoder"])
 
@@ -423,7 +427,22 @@ class LocalEngine:
         self, video: Tensor, clip: ClipShape, choice: str, sound: SoundDecoding | None, out: Tensor | None
     ) -> Tensor:
         """Frames [B * F, H, W, 3]; ``sound`` is decoded too where there is room for both."""
-        plan_for = partial(tiling.plan_decode, self.config.video_vae, tuple(video.shape), self.dtype.itemsize)
+        ranks = self._ranks
+        decoder, free = ranks.agree(lambda: self._place_video_decoder(video, choice, sound))
+        plan = self._plan_video(video, ranks.least(free), choice)
+        frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3) if out is None else out
+        with (
+            ranks.decoding(video.shape[3]) as (bands, check),
+            host().progress(clip.frames, "decoding video") as progress,
+        ):
+            decode_video(decoder, video, plan, frames, bands=bands, sound=sound, on_frames=progress.to, check=check)
+        return frames.flatten(0, 1)
+
+    def _place_video_decoder(
+        self, video: Tensor, choice: str, sound: SoundDecoding | None
+    ) -> tuple[VideoDecoder, int | None]:
+        """The decoder in its place, and the sound's networks where there is room for both; the bytes free for its work."""
+        plan_for = partial(self._plan_video, video)
         component = self._networks["video_decoder"]
         self._networks["transformer"].rest()
         self._make_room_in_limit(component.full_bytes, plan_for)
@@ -432,19 +451,12 @@ class LocalEngine:
         left = 0 if sound is None else sound.prepare(self._free_bytes(), component.missing_bytes + least)
         decoder = component.use(least + left)
         free = self._free_bytes()
-        plan = plan_for(None if free is None else free - left, choice)
-        _LOG.info("decoding video %s", plan)
-        latents = video.to(self.device, self.dtype)
-        frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3) if out is None else out
-        conditioned = self.config.video_vae.decoder.timestep_conditioning
-        noise = generator(_DECODER_NOISE_SEED, self.device) if conditioned else None
-        check = host().check_interrupt
-        with host().progress(clip.frames, "decoding video") as progress:
-            pieces = tiling.decode(decoder, latents, plan, noise=noise, check=check)
-            if sound is not None:
-                pieces = sound.beside(pieces)
-            deliver(pieces, frames, self.device, progress.to, check)
-        return frames.flatten(0, 1)
+        return decoder, None if free is None else free - left
+
+    def _plan_video(self, video: Tensor, free: int | None, choice: str) -> tiling.TilePlan:
+        """How all ranks decode latents in the bytes that are free on each."""
+        shape, size = tuple(video.shape), self.dtype.itemsize
+        return tiling.plan_decode(self.config.video_vae, shape, size, free, choice, ranks=self._ranks.size)
 
     def _make_room_in_limit(self, decoder_bytes: int, plan_for: Callable[[int | None, str], tiling.TilePlan]) -> None:
         """Give up other weights where the user's limit would have the picture cut into tiles beside them."""

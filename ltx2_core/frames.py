@@ -28,8 +28,9 @@ def deliver(
     """Write decoded pieces to their places among the frames of a clip.
 
     pieces: pixels [B, 3, f, H, W] on ``device``, nominally in -1..1, in order of time; their memory is reused.
-    frames: [B, F, H, W, 3] float32 in host memory, gets 0..1. on_frames: called with the number of frames that have
-    arrived. check: polled while the device computes. Both may raise to stop.
+    frames: [B, F, H, W, 3] in host memory, shared or not; float32 gets 0..1, uint8 0..255. It may be a band of rows of
+    larger frames: whole rows, and those of a frame lie end to end. on_frames: called with the number of frames that
+    have arrived. check: polled while the device computes. Both may raise to stop.
     """
     places = _with_places(pieces, frames)
     arrivals = _beside(places, device, check) if device.type == "cuda" else _at_once(places)
@@ -42,10 +43,16 @@ def deliver(
 
 
 def write_frames(pixels: Tensor, out: Tensor) -> None:
-    """Write pixels [B, 3, f, H, W], nominally in -1..1, to ``out`` [B, f, H, W, 3] float32 as 0..1; ``pixels`` is clamped.
+    """Write pixels [B, 3, f, H, W], nominally in -1..1, to ``out`` [B, f, H, W, 3]; ``pixels`` is clamped.
 
-    The bits are those of ``((pixels.float() + 1) / 2).clamp(0, 1)``, in two passes: halves and clamping are exact.
+    float32 gets 0..1, with the bits of ``((pixels.float() + 1) / 2).clamp(0, 1)``, in two passes: halves and clamping
+    are exact. uint8 gets the nearest of 0..255 to that, and 0 for NaN.
     """
+    if out.dtype == torch.uint8:
+        exact = torch.empty(out.shape, device=out.device)
+        write_frames(pixels, exact)
+        out.copy_(exact.nan_to_num_(0).mul_(255).round_())
+        return
     half = out.new_full((1,), 0.5)
     torch.add(half, pixels.clamp_(-1, 1).permute(0, 2, 3, 4, 1), alpha=0.5, out=out)
 
@@ -120,22 +127,35 @@ class _Link:
             check()
             time.sleep(_POLL_SECONDS)
         for source, place in zip(pictures.frames, pictures.place, strict=True):
-            self._copy(source.view(-1), place.view(-1))
+            self._copy(source, place)
         return pictures.place.shape[1]
 
     def _copy(self, source: Tensor, place: Tensor) -> None:
-        """Copy flat float32 tensors. The source was complete before, so the stream has nothing to wait for."""
-        size = CHUNK_BYTES // source.itemsize
+        """Copy frames [f, H, W, 3]. The source was complete before, so the stream has nothing to wait for."""
         under_way: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
-        for number, (part, target) in enumerate(zip(source.split(size), place.split(size), strict=True)):
+        for number, (part, target) in enumerate(_parts(source, place, CHUNK_BYTES // source.itemsize)):
             if len(under_way) == _SLOTS:
                 _land(*under_way.popleft())
-            slot = self._slots[number % _SLOTS].memory[: part.nbytes].view(part.dtype)
+            slot = self._slots[number % _SLOTS].memory[: part.nbytes].view(part.dtype).view(part.shape)
             with torch.cuda.stream(self._stream):
                 slot.copy_(part, non_blocking=True)
             under_way.append((self._stream.record_event(), slot, target))
         while under_way:
             _land(*under_way.popleft())
+
+
+def _parts(source: Tensor, place: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a contiguous tensor and its place alike, into parts of at most ``most`` elements."""
+    if place.is_contiguous():
+        yield from zip(source.view(-1).split(most), place.view(-1).split(most), strict=True)
+        return
+    # bands of frames: rows of the frames between them are not theirs
+    frames = most // source[0].numel()
+    if frames:
+        yield from zip(source.split(frames), place.split(frames), strict=True)
+        return
+    for one, its_place in zip(source, place, strict=True):
+        yield from _parts(one, its_place, most)
 
 
 def _land(copied: torch.cuda.Event, slot: Tensor, target: Tensor) -> None:

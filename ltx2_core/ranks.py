@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .host import host
+from .parallel.bands import WHOLE, Bands
 from .parallel.context import SINGLE, ParallelContext
 from .parallel.groups import ONE_GROUP, PassGroups, Topology
 from .parallel.topology import StageWork
@@ -59,6 +60,11 @@ class Ranks:
     def sampling(self, topology: Topology) -> Iterator[Seat]:
         """A stage, in which ranks wait for each other: all of them enter it, and leave it at the same place."""
         yield Seat(host().check_interrupt)
+
+    @contextmanager
+    def decoding(self, rows: int) -> Iterator[tuple[Bands, Callable[[], None]]]:
+        """Decoding a picture of so many latent rows: this rank's band, and what is called before every layer."""
+        yield WHOLE, host().check_interrupt
 
 
 ALONE = Ranks()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -48,17 +48,17 @@ class SoundDecoding:
             self._ready = torch.cuda.current_stream(self._device).record_event()
         return WORK_BYTES
 
-    def beside(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    def beside(self, pieces: Iterable[Tensor], check: Callable[[], None] | None = None) -> Iterator[Tensor]:
         """The pieces; when the device has been asked for the first, it is asked for the sound too.
 
         Not if the sound was not prepared, or if its networks' memory was taken since. Raises what decoding raises, and
-        what the user's interrupt raises.
+        what ``check`` raises, by default the user's interrupt.
         """
         for piece in pieces:
             prepared, self._prepared = self._prepared, None
             if prepared is not None and not self._decoder.missing_bytes and not self._vocoder.missing_bytes:
                 with _side_stream(self._device, self._ready):
-                    self._waveform = self._decode(*prepared)
+                    self._waveform = self._decode(*prepared, check)
             del prepared
             yield piece
             del piece
@@ -77,8 +77,8 @@ class SoundDecoding:
     def _networks(self) -> tuple[Any, Any]:
         return self._decoder.use(WORK_BYTES), self._vocoder.use(WORK_BYTES)
 
-    def _decode(self, decoder: Any, vocoder: Any) -> Tensor:
-        check = host().check_interrupt
+    def _decode(self, decoder: Any, vocoder: Any, check: Callable[[], None] | None = None) -> Tensor:
+        check = check or host().check_interrupt
         mel = decoder(self._latents.to(self._device, torch.float32), on_stage=check)
         return vocoder(mel, on_stage=check).float()
 

@@ -184,7 +184,7 @@ class FleetEngine:
         return self._value("upscale", AVLatent, latent=latent, upsampler=upsampler)
 
     def decode(self, latent: AVLatent, tiling_choice: str) -> DecodedClip:
-        """Decode a latent to frames and sound, on rank 0. Raises ValueError for one that was not sampled."""
+        """Decode a latent to frames and sound, a band of rows on each rank. Raises ValueError for one that was not sampled."""
         check_latents(latent, self.config)
         video, clip = latent.latents.video, latent.clip
         shapes: Shapes = {}
@@ -194,7 +194,7 @@ class FleetEngine:
         frames = results.get(FRAMES)
         return DecodedClip(
             None if frames is None else frames.flatten(0, 1),
-            answers[0].tensors.get("waveform"),
+            answers[-1].tensors.get("waveform"),
             self.config.vocoder.sample_rate,
             clip.fps,
         )

@@ -95,12 +95,8 @@ class EngineJobs:
         return self._on_rank_0(lambda: engine.upscale(latent, upsampler))
 
     def _decode(self, engine: LocalEngine, out: Mapping[str, Tensor], latent: AVLatent, tiling: str) -> Result:
-        # rank 0 decodes all of it: bands of rows on every rank would begin here
-        def decode() -> dict[str, Tensor]:
-            clip = engine.decode(latent, tiling, out.get(FRAMES))
-            return {} if clip.waveform is None else {"waveform": clip.waveform}
-
-        return Result(tensors=self._only_rank_0(decode) or {})
+        clip = engine.decode(latent, tiling, out.get(FRAMES))
+        return Result(tensors={} if clip.waveform is None else {"waveform": clip.waveform})
 
     def _on_rank_0(self, work: Callable[[], Any]) -> Result:
         value = self._only_rank_0(work)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..graphs import RunAhead
 from ..host import Interrupted
-from ..parallel.collectives import Control, connect, join, leave
+from ..parallel.bands import Bands, deal
+from ..parallel.collectives import Control, GroupNeighbours, connect, join, leave, neighbours
 from ..parallel.context import Collectives, ParallelContext
 from ..parallel.gates import Board, Gates
 from ..parallel.groups import PassGroups, Topology
@@ -61,6 +62,7 @@ class Team(Ranks):
         )
         self._agreement = Agreement(Control(_WORDS_TIMEOUT).exchange)
         self._board = Board(seat.group_folder / "gates", seat.size)
+        self._neighbours: GroupNeighbours | None = None
         self._connected: dict[Topology, tuple[ParallelContext, PassGroups]] = {}
         self._link_speed = LINK_SPEED
         if on_gpu:
@@ -99,14 +101,29 @@ class Team(Ranks):
     @contextmanager
     def sampling(self, topology: Topology) -> Iterator[Seat]:
         parallel, groups = self._connect(topology)
-        gates = Gates(
-            self._board, self.rank, topology, self._job.request.job, self._job.interrupted, self._pace(topology)
-        )
+        gates = self._gates(topology)
         if groups.collectives is not None:
             groups = PassGroups(groups.own, groups.count, _Gated(groups.collectives, gates))
+        with self._stopped_by_gates():
+            yield Seat(gates.before_block, parallel, groups, settled)
+
+    @contextmanager
+    def decoding(self, rows: int) -> Iterator[tuple[Bands, Callable[[], None]]]:
+        gates = self._gates(Topology(1, self.size))
+        if self._neighbours is None:
+            self._neighbours = neighbours(self._device)
+        with self._stopped_by_gates():
+            yield Bands(self.rank, deal(rows, self.size), self._neighbours), gates.before_block
+
+    def _gates(self, topology: Topology) -> Gates:
+        job = self._job
+        return Gates(self._board, self.rank, topology, job.request.job, job.interrupted, self._pace(topology))
+
+    @contextmanager
+    def _stopped_by_gates(self) -> Iterator[None]:
         with self._host.deaf():
             try:
-                yield Seat(gates.before_block, parallel, groups, settled)
+                yield
             except Interrupted as stop:
                 # the gates have stopped all ranks
                 self._agreement.stopped(stop)

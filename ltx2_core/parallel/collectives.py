@@ -37,6 +37,39 @@ class GroupCollectives:
         return gathered.view(-1, *x.shape)
 
 
+@dataclass(frozen=True)
+class GroupNeighbours:
+    """``bands.Neighbours`` in a process group, whose ranks have the bands from top to bottom; None is that of all ranks."""
+
+    group: dist.ProcessGroup | None = None
+
+    def exchange_edges(self, top: Tensor | None, bottom: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """One message to each neighbour and one from it, all at once: none waits for another's turn."""
+        rank = dist.get_rank(self.group)
+        above, below = (None if edge is None else torch.empty_like(edge) for edge in (top, bottom))
+        operations = [
+            dist.P2POp(operation, edge, self._global(place), self.group)
+            for place, sent, received in ((rank - 1, top, above), (rank + 1, bottom, below))
+            for operation, edge in ((dist.isend, sent), (dist.irecv, received))
+            if edge is not None
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        return above, below
+
+    def _global(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+
+def neighbours(device: torch.device, group: dist.ProcessGroup | None = None) -> GroupNeighbours:
+    """Neighbours that exchange edges on ``device``. All ranks of the group call it.
+
+    They exchange something at once: NCCL wants all of them in a group's first exchange, and some may have no rows.
+    """
+    GroupCollectives(group).all_gather(torch.zeros(1, device=device))
+    return GroupNeighbours(group)
+
+
 def join(
     rank: int, size: int, store: Path, *, backend: str, timeout: timedelta, device: torch.device | None = None
 ) -> None:

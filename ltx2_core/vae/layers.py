@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...kernels import depth_to_space, pixel_norm_silu
 from ..config.video_vae import PaddingMode, ResampleConfig
+from ..parallel.bands import Bands
 from .video_streaming import Layer, Memory
 
 Write = Callable[[Tensor, Tensor], object]
@@ -52,6 +53,9 @@ class TimeConv3d(nn.Module):
 
     Causal: two copies of the first frame in front. Otherwise one in front and one of the last frame behind; such a
     layer gives one frame less for a first piece and one more for a last one.
+
+    Of a band of the picture, what it sees has a row more above and below: the neighbours', and at the picture's border
+    those that ``padding_mode`` says. New frames get them, in one exchange; frames that were kept have them already.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, padding_mode: PaddingMode, causal: bool):
@@ -61,7 +65,7 @@ class TimeConv3d(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory, last: bool, write: Write = _copy) -> Tensor:
         """Convolve the next piece, of which ``write`` says what the convolution shall see."""
-        return self.convolve(self.padded(x, memory, last, write))
+        return self.convolve(self.padded(x, memory, last, write), memory.bands)
 
     def padded(self, x: Tensor, memory: Memory, last: bool, write: Write = _copy) -> Tensor:
         """What ``convolve`` is to see of the next piece: the written frames between those that time adds to them.
@@ -70,15 +74,19 @@ class TimeConv3d(nn.Module):
         buffer, which saves a pass over the activation.
         """
         b, c, t, h, w = x.shape
+        halo = memory.bands.halo
         if t == 0:
             assert not last, "a last piece holds at least one frame"
-            return x
+            return x.new_empty(b, c, 0, h + 2 * halo, w)
         kept = memory.take(self)
         front = 2 if self.causal or kept is not None else 1
         behind = 1 if last and not self.causal else 0
-        seen = x.new_empty(b, c, front + t + behind, h, w)
+        seen = x.new_empty(b, c, front + t + behind, h + 2 * halo, w)
         inner = seen[:, :, front : front + t]
-        write(x, inner)
+        own = inner[:, :, :, halo : halo + h]
+        write(x, own)
+        if halo:
+            self._surround(inner, *memory.bands.edges(own))
         seen[:, :, :front] = inner[:, :, :1] if kept is None else kept
         if behind:
             seen[:, :, -1:] = inner[:, :, -1:]
@@ -86,17 +94,39 @@ class TimeConv3d(nn.Module):
             memory.keep(self, seen[:, :, -2:])
         return seen
 
-    def convolve(self, seen: Tensor) -> Tensor:
-        """[B, in channels, T + 2, H, W] -> [B, out channels, T, H, W]; fewer than three frames give none."""
+    def convolve(self, seen: Tensor, bands: Bands) -> Tensor:
+        """[B, in channels, T + 2, H, W] -> [B, out channels, T, H, W]; fewer than three frames give none.
+
+        Of a band, H rows with what surrounds them become those without it.
+        """
         b, c, t, h, w = seen.shape
         frames = max(t - 2, 0)
-        if frames == 0:
-            return seen.new_empty(b, self.conv.out_channels, 0, h, w)
+        if frames == 0 or h == 0:
+            return seen.new_empty(b, self.conv.out_channels, frames, h - 2 * bands.halo, w)
+        convolve = self._in_band if bands.halo else self.conv
         per_frame = b * max(c, self.conv.out_channels) * (h + 2) * (w + 2)
         if per_frame * t <= MAX_CONV_ELEMENTS:
-            return self.conv(seen)
+            return convolve(seen)
         step = max(1, MAX_CONV_ELEMENTS // per_frame - 2)
-        return torch.cat([self.conv(seen[:, :, i : i + step + 2]) for i in range(0, frames, step)], dim=2)
+        return torch.cat([convolve(seen[:, :, i : i + step + 2]) for i in range(0, frames, step)], dim=2)
+
+    def _surround(self, inner: Tensor, above: Tensor | None, below: Tensor | None) -> None:
+        """Fill the first and the last row of [B, C, T, 1 + h + 1, W] with the neighbours', or as the border is padded."""
+        for row, given in ((0, above), (-1, below)):
+            if given is not None:
+                inner[:, :, :, row] = given
+        mirrors = self.conv.padding_mode == "reflect"
+        for row, mirrored, given in ((0, 2, above), (-1, -3, below)):
+            if given is None:
+                # of a band of one row, what is mirrored is the other neighbour's
+                inner[:, :, :, row] = inner[:, :, :, mirrored] if mirrors else 0
+
+    def _in_band(self, seen: Tensor) -> Tensor:
+        """Convolve what has its rows around it already, so that only columns are padded."""
+        weight, bias = self.conv.weight, self.conv.bias
+        if self.conv.padding_mode == "reflect":
+            return F.conv3d(F.pad(seen, (1, 1, 0, 0, 0, 0), mode="reflect"), weight, bias)
+        return F.conv3d(seen, weight, bias, padding=(0, 0, 1))
 
 
 class ResBlock(nn.Module):
@@ -122,7 +152,7 @@ class ResBlock(nn.Module):
         seen = self.conv2.padded(h, memory, last, second)
         # three activations at a time, not four: the hidden one is dropped before the next is made
         del h
-        y = self.conv2.convolve(seen)
+        y = self.conv2.convolve(seen, memory.bands)
         for frames, skip in _aligned(y, memory.delay(self, x, y.shape[2], last)):
             frames.add_(skip)
         return y

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config.video_vae import VideoVAEConfig
+from ..parallel.bands import WHOLE, Bands, deal
 from .video_decoder import DECODE_TIMESTEP, DEFAULT_CHUNK_FRAMES, Noise, VideoDecoder
 from .video_encoder import VideoEncoder
 from .video_memory import decode_stream_bytes, decoder_costs, encode_stream_bytes, encoder_costs, whole_bytes
@@ -132,17 +133,23 @@ def plan_decode(
     dtype_bytes: int,
     free_bytes: int | None,
     choice: str = "auto",
+    *,
+    ranks: int = 1,
 ) -> TilePlan:
     """Choose how to decode latents of ``latent_shape`` (B, C, F, H, W).
 
     dtype_bytes: bytes of one activation element. free_bytes: free device memory without the weights, None when unknown.
+    ranks: how many decode it together, in bands of rows. All follow one plan, which the tallest band and the least free
+    memory of all ranks decide; ``free_bytes`` is that. Tiles are then columns, as high as the picture.
     choice: "none" (whole clip), "temporal" (streamed along time), "spatial" (streamed, and tiled in space), or "auto":
     streamed, and tiled only where the smallest stream does not fit.
     A stream has the longest pieces that fit into the free memory and into half of what the whole clip would take (or
     into 1 GiB); the shortest when the free memory is unknown. Where nothing fits, the smallest plan of the choice.
     Raises ValueError for another choice.
     """
-    batch, _, latent_frames, height, width = latent_shape
+    batch, _, latent_frames, picture_height, width = latent_shape
+    # what neighbours add is two rows of every stage: at the finest, where most is, a part of a latent row
+    height = picture_height if ranks == 1 else deal(picture_height, ranks)[0] + 1
     decoder = config.decoder
     costs = decoder_costs(decoder)
     sizes = _Sizes(
@@ -157,6 +164,7 @@ def plan_decode(
         pixel_frames=decoder.temporal_factor * (latent_frames - 1) + 1,
         pixel_bytes=4 * decoder.out_channels * decoder.spatial_factor**2,
         tiles_in_lockstep=True,
+        column_height=picture_height if ranks > 1 else None,
     )
     return _choose(sizes, free_bytes, choice)
 
@@ -196,8 +204,9 @@ class _Sizes:
     """What the plans for one clip are estimated from.
 
     whole_bytes: (cells) -> bytes of a whole pass. stream_bytes: (cells, pixel frames of a piece) -> bytes of a stream.
-    kept_bytes: what a stream keeps per cell. height, width: in latent cells, without the batch. pixel_bytes: fp32 pixels
-    of one frame of one latent cell, which lie beside the activations.
+    kept_bytes: what a stream keeps per cell. height, width: in latent cells, without the batch; of a band where there
+    are several. pixel_bytes: fp32 pixels of one frame of one latent cell, which lie beside the activations.
+    column_height: of the picture where its tiles are columns, else None.
     """
 
     whole_bytes: Callable[[int], int]
@@ -209,6 +218,7 @@ class _Sizes:
     pixel_frames: int
     pixel_bytes: int
     tiles_in_lockstep: bool
+    column_height: int | None = None
 
     def whole(self) -> TilePlan:
         # the pixels come when the activations are gone
@@ -224,8 +234,13 @@ class _Sizes:
         return [*(plan for plan in longer if plan.work_bytes <= most), shortest]
 
     def tiled(self, chunk_frames: int, long_side: int, *, park: bool) -> TilePlan:
-        tile = _tile(self.height, self.width, long_side)
-        work = self._stream(chunk_frames, *tile)
+        if self.column_height is None:
+            tile = _tile(self.height, self.width, long_side)
+            work = self._stream(chunk_frames, *tile)
+        else:
+            columns = _even(self.width, long_side)
+            tile = max(2 * OVERLAP, self.column_height), columns
+            work = self._stream(chunk_frames, self.height, min(columns, self.width))
         if self.tiles_in_lockstep and not park:
             areas = [
                 rows.length * columns.length for rows, columns in TilePlan(tile=tile).tiles(self.height, self.width)
@@ -271,11 +286,14 @@ def _tile(height: int, width: int, long_side: int) -> tuple[int, int]:
     """A tile in the picture's proportions, its sides cut so that all tiles of an axis are nearly equal."""
     longest = max(height, width)
     sides = (max(2 * OVERLAP, round(long_side * side / longest)) for side in (height, width))
-    even = []
-    for length, side in zip((height, width), sides, strict=True):
-        count = len(intervals(length, side, OVERLAP))
-        even.append(side if count == 1 else -(-(length + OVERLAP * (count - 1)) // count))
-    return even[0], even[1]
+    rows, columns = (_even(length, side) for length, side in zip((height, width), sides, strict=True))
+    return rows, columns
+
+
+def _even(length: int, side: int) -> int:
+    """The side that makes as many tiles of an axis as ``side`` does, all nearly equal."""
+    count = len(intervals(length, side, OVERLAP))
+    return side if count == 1 else -(-(length + OVERLAP * (count - 1)) // count)
 
 
 def decode(
@@ -285,27 +303,33 @@ def decode(
     *,
     decode_timestep: float = DECODE_TIMESTEP,
     noise: Noise = None,
+    bands: Bands = WHOLE,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Decode normalised latents [B, C, F, H, W]; yield finished pixels [B, 3, f, 32 H, 32 W] in order of time.
 
     Chunks lie on the decoder's device, in its dtype or, where tiles were blended, in fp32; each belongs to the caller.
     Exact along time; tiles equal the whole picture away from their seams. ``decode_timestep`` and ``noise`` as in
-    ``VideoDecoder``. check: called before every layer; may raise to stop.
+    ``VideoDecoder``. bands: as there too, of a plan for so many ranks; what is yielded are this rank's rows, those of
+    one rank with the same plan. check: called before every layer; may raise to stop, on all ranks at the same place.
     """
     if plan.tile is None:
-        return decoder.stream(latents, plan.chunk_frames, decode_timestep=decode_timestep, noise=noise, check=check)
-    return _decode_tiles(decoder, decoder.prepare(latents, noise), plan, decode_timestep, check)
+        return decoder.stream(
+            latents, plan.chunk_frames, decode_timestep=decode_timestep, noise=noise, bands=bands, check=check
+        )
+    if bands.size > 1 and plan.tile[0] < latents.shape[3]:
+        raise ValueError(f"{plan}: a picture of {latents.shape[3]} rows on {bands.size} ranks has tiles of all rows")
+    return _decode_tiles(decoder, bands.take(decoder.prepare(latents, noise)), plan, decode_timestep, bands, check)
 
 
 def _decode_tiles(
-    decoder: VideoDecoder, z: Tensor, plan: TilePlan, decode_timestep: float, check: Callable[[], None]
+    decoder: VideoDecoder, z: Tensor, plan: TilePlan, decode_timestep: float, bands: Bands, check: Callable[[], None]
 ) -> Iterator[Tensor]:
     """Run the tiles in lockstep: every stream gives its next frames before any goes on, so they can be blended."""
     factor, height, width = decoder.config.spatial_factor, *z.shape[3:]
     tiles = plan.tiles(height, width)
     steps = decoder.steps(decode_timestep)
-    memories = [Memory() for _ in tiles]
+    memories = [Memory(bands) for _ in tiles]
     streams = [
         flow(steps, z[:, :, :, rows.cells, columns.cells], memory, True, plan.chunk_frames, check)
         for (rows, columns), memory in zip(tiles, memories, strict=True)

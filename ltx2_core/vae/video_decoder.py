@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...kernels import pixel_norm_silu
 from ..config.video_vae import ResStackConfig, VideoDecoderConfig
+from ..parallel.bands import WHOLE, Bands
 from .layers import (
     PerChannelStatistics,
     ResStack,
@@ -82,15 +83,19 @@ class VideoDecoder(nn.Module):
         *,
         decode_timestep: float = DECODE_TIMESTEP,
         noise: Noise = None,
+        bands: Bands = WHOLE,
         check: Callable[[], None] = lambda: None,
     ) -> Iterator[Tensor]:
         """Decode as ``forward`` does; yield [B, 3, f, H, W] in order of time, f varying.
 
         chunk_frames: how many frames of the finest stage are in work at once; None: the whole clip.
-        check: called before every layer; may raise to stop.
+        bands: of the picture's rows on the ranks that decode it together, from the same latents and noise: of all rows,
+            which this one takes its own of. It yields those.
+        check: called before every layer, and at the same places on all ranks; may raise to stop, on all of them.
         """
-        z = self.prepare(latents, noise)
-        yield from flow(self.steps(decode_timestep), z, Memory(), True, chunk_frames, check)
+        # noise is drawn for the whole picture, so it does not depend on the ranks
+        z = bands.take(self.prepare(latents, noise))
+        yield from flow(self.steps(decode_timestep), z, Memory(bands), True, chunk_frames, check)
 
     def prepare(self, latents: Tensor, noise: Noise = None) -> Tensor:
         """Check latents, convert them to the weights' device and dtype, mix in noise, and undo the normalisation."""

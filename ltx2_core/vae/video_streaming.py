@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..parallel.bands import WHOLE, Bands
+
 # Pieces grow and shrink by the frames that layers hold back; cutting one that is a little too long would leave two short
 # ones to all layers behind.
 TOLERANCE = 1.5
@@ -21,10 +23,12 @@ TOLERANCE = 1.5
 class Memory:
     """The state of one stream: what the layers of a network remember of a clip, and pieces that wait for a layer.
 
-    waiting: (index of the next layer, piece, whether it is the last), the one to run next at the end.
+    bands: which rows of the clip it has. waiting: (index of the next layer, piece, whether it is the last), the one to
+    run next at the end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bands: Bands = WHOLE) -> None:
+        self.bands = bands
         self.waiting: list[tuple[int, Tensor, bool]] = []
         self._frames: dict[nn.Module, Tensor] = {}
         self._started: set[nn.Module] = set()

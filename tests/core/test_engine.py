@@ -205,9 +205,9 @@ def test_an_interrupt_of_a_decode_does_not_wait_for_the_clip(engine, tmp_path, m
     sampled = engine.sample(job(engine, sigmas=(1.0, 0.0)))
     convolve = TimeConv3d.convolve
 
-    def slow(self, seen):
+    def slow(self, *seen):
         time.sleep(0.2)
-        return convolve(self, seen)
+        return convolve(self, *seen)
 
     monkeypatch.setattr(TimeConv3d, "convolve", slow)
     with use_host(StandaloneHost(output_dir=tmp_path, progress="quiet")) as host:

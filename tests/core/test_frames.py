@@ -93,6 +93,40 @@ def test_pieces_arrive_in_order_in_their_places(queue: Queue, batch: int, length
     assert queue.unfinished == 0
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("chunk_bytes", [300, 1500, 10**6])
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_a_band_arrives_in_its_rows_of_larger_frames(monkeypatch, batch: int, chunk_bytes: int, device):
+    """In parts of a frame, of one frame, of several."""
+    queue = Queue()
+    queue.install(monkeypatch, chunk_bytes)
+    clip = pixels(torch.bfloat16, 8, batch)
+    frames = torch.full((batch, 8, 16, 10, 3), 2.0)
+    deliver((piece.clone() for piece in clip.split((5, 1, 2), dim=2)), frames[:, :, 4:10], device)
+    assert torch.equal(frames[:, :, 4:10], plain(clip))
+    assert (frames[:, :, :4] == 2).all()
+    assert (frames[:, :, 10:] == 2).all()
+    assert queue.unfinished == 0
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_a_band_without_rows_arrives_too(queue: Queue, device):
+    seen, frames = [], torch.full((1, 3, 16, 10, 3), 2.0)
+    deliver([pixels(torch.bfloat16, 3, height=0)], frames[:, :, 16:], device, seen.append)
+    assert seen == [3]
+    assert (frames == 2).all()
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_frames_may_have_eight_bits(queue: Queue, device):
+    clip = pixels(torch.bfloat16, 2)
+    clip[0, 0, 0, 0, 0] = float("nan")
+    frames = torch.full((1, 2, 6, 10, 3), 7, dtype=torch.uint8)
+    deliver([clip.clone()], frames, device)
+    want = plain(clip).nan_to_num(0).mul(255).round().to(torch.uint8)
+    assert torch.equal(frames, want), "those of pictures that are written to files"
+
+
 def test_a_piece_is_fetched_when_the_next_has_been_asked_for(queue: Queue):
     made = []
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ltx2_engine.ltx2_core import engine as engine_module
+from ltx2_engine.ltx2_core import decoding
 from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
 from ltx2_engine.ltx2_core.host import Interrupted, use_host
@@ -34,7 +34,7 @@ def beside(monkeypatch):
 def order(monkeypatch):
     """What is done, in order: the number of frames that have arrived, and "sound"."""
     done = []
-    decode, deliver = SoundDecoding._decode, engine_module.deliver
+    decode, deliver = SoundDecoding._decode, decoding.deliver
 
     def video(pieces, frames, device, on_frames, check):
         deliver(pieces, frames, device, done.append, check)
@@ -43,7 +43,7 @@ def order(monkeypatch):
         done.append("sound")
         return decode(self, *networks)
 
-    monkeypatch.setattr(engine_module, "deliver", video)
+    monkeypatch.setattr(decoding, "deliver", video)
     monkeypatch.setattr(SoundDecoding, "_decode", sound)
     return done
 

@@ -1,0 +1,209 @@
+"""Decoding one clip on several GPUs, a band of rows each, against one GPU: LTX-2.3's video VAE at full size.
+
+python benchmarks/bench_ranks_decode.py
+python benchmarks/bench_ranks_decode.py --tiny    (a tiny VAE, on the CPU too: a trial of the script; nothing is written)
+
+Every rank is a process of its own, also the one of one GPU. Weights are random, N(0, 0.02), and so are latents, the same
+ones on all ranks. The time of P GPUs is that of the slowest rank, from when all have begun: to the device, where pixels
+stay, and to the host, where every rank writes its rows of the frames into memory that all share, as the engine does. There
+are no figures where frames are not finite or are not those of one GPU: in float32, and of the measured clip in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import pack  # noqa: F401
+import torch
+from ltx2_engine.ltx2_core.parallel.shared_memory import Segment
+from ltx2_engine.ltx2_core.parallel.worker_environment import worker_environment
+from ltx2_engine.ltx2_core.testing import cosine, relative_error
+from ranks_decode import Job, frames_place
+from report import Row, write
+from shapes import LARGE, Shape
+from step_check import WrongResult, lowest
+from timing import GIB
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+SIZES = (1, 2, 4)
+BARS = {2: ">= 1.7", 4: ">= 3.0"}
+# of frames from 0 to 1, in float32: a convolution of fewer rows may sum in another order
+TOLERANCE = 1e-5
+# of pixels from -1 to 1 in bfloat16, where it may be another algorithm
+LEAST_COSINE = 0.9999
+PATIENCE_SECONDS = 900
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What so many ranks gave. times: of every rank and repetition in milliseconds, by where the pixels went."""
+
+    size: int
+    times: dict[str, list[list[float]]]
+    peak: int
+    plan: str
+
+    def slowest(self, where: str) -> float:
+        """The median of the slowest rank's milliseconds."""
+        return median(max(together) for together in zip(*self.times[where], strict=True))
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Memory for the frames of the check and of the measured clip, which all ranks write to."""
+
+    check: Segment
+    measured: Segment
+    job: Job
+
+    @classmethod
+    @contextlib.contextmanager
+    def reserved(cls, job: Job) -> Iterator[Clips]:
+        places = [frames_place(Shape.parse(shape)) for shape in (job.check, job.shape)]
+        with contextlib.ExitStack() as stack:
+            yield cls(*(stack.enter_context(Segment.reserve(place.end)) for place in places), job)
+
+    def clear(self) -> None:
+        for frames in self.frames():
+            frames.fill_(float("nan"))
+
+    def frames(self) -> list[Tensor]:
+        pairs = ((self.check, self.job.check), (self.measured, self.job.shape))
+        return [segment.tensor(frames_place(Shape.parse(shape))) for segment, shape in pairs]
+
+
+def visit(size: int, job: Job, clips: Clips) -> Visit:
+    """Have so many ranks decode both clips. Raises SystemExit when one fails."""
+    descriptors = [clips.check.descriptor, clips.measured.descriptor]
+    clips.clear()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
+        command = [sys.executable, str(HERE / "ranks_decode.py"), name, *map(str, descriptors)]
+        running = [
+            subprocess.Popen(command, env=worker_environment(os.environ, {}, rank, size, folder), pass_fds=descriptors)
+            for rank in range(size)
+        ]
+        try:
+            _wait(running)
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+        answers = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(size)]
+    times = {where: [answer["times"][where] for answer in answers] for where in answers[0]["times"]}
+    found = Visit(size, times, max(answer["peak"] for answer in answers), answers[0]["plan"])
+    print(
+        f"{_ranks(size)}: {found.slowest('device'):.1f} ms, {found.slowest('host'):.1f} ms to the host ({found.plan})"
+    )
+    return found
+
+
+def _wait(running: list[subprocess.Popen]) -> None:
+    """Until all have ended; where one fails, the others wait for it."""
+    gives_up = time.monotonic() + PATIENCE_SECONDS
+    while any(process.poll() is None for process in running):
+        if any(process.poll() for process in running) or time.monotonic() > gives_up:
+            break
+        time.sleep(_POLL_SECONDS)
+    ended = [process.poll() for process in running]
+    for rank, code in enumerate(ended):
+        if code:
+            raise SystemExit(f"rank {rank} of {len(running)} failed ({code})")
+    if None in ended:
+        raise SystemExit(f"rank {ended.index(None)} of {len(running)} took more than {PATIENCE_SECONDS} s")
+
+
+def _ranks(size: int) -> str:
+    return "1 GPU" if size == 1 else f"{size} GPUs"
+
+
+def same(size: int, job: Job, got: Clips, want: Clips) -> Iterator[Row]:
+    """Rows of the comparison with one rank. Raises WrongResult."""
+    (check, frames), (whole_check, whole) = got.frames(), want.frames()
+    refuse_unless_finite(f"{_ranks(size)}: {job.check}", check)
+    error = relative_error(check, whole_check)
+    row = Row(f"{job.check}, float32: {_ranks(size)} to one, relative difference", error, "1", f"<= {TOLERANCE}")
+    if not error <= TOLERANCE:
+        raise WrongResult(f"{row.id}: {error:.2e}, allowed {TOLERANCE:.0e}: no figures")
+    yield row
+    refuse_unless_finite(f"{_ranks(size)}: {job.shape}", frames)
+    # a frame at a time: in float64 a whole clip takes gigabytes
+    alike = lowest([cosine(2 * a - 1, 2 * b - 1) for a, b in zip(frames[0], whole[0], strict=True)])
+    if not alike >= LEAST_COSINE:
+        raise WrongResult(
+            f"{job.shape}: {_ranks(size)} to one: cosine is {alike:.6f}, at least {LEAST_COSINE}: no figures"
+        )
+    yield Row(f"{job.shape}: {_ranks(size)} to one, cosine, worst frame", alike, "1", f">= {LEAST_COSINE}")
+
+
+def refuse_unless_finite(what: str, frames: Tensor) -> None:
+    if not bool(frames.isfinite().all()):
+        raise WrongResult(f"{what}: rows are missing or not finite: no figures")
+
+
+def rows_of(job: Job, visits: list[Visit]) -> Iterator[Row]:
+    one = visits[0]
+    for visited in visits:
+        who = f"{job.shape}: {_ranks(visited.size)}"
+        for where in visited.times:
+            yield Row(f"{who}, to the {where}: time", visited.slowest(where), "ms")
+        yield Row(f"{who}: peak memory of a rank", visited.peak / GIB, "GiB")
+    for visited in visits[1:]:
+        for where in visited.times:
+            ratio = one.slowest(where) / visited.slowest(where)
+            what = f"{job.shape}: one GPU / {_ranks(visited.size)}, to the {where}: time"
+            yield Row(what, ratio, "1", BARS.get(visited.size, ""))
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=Shape.parse, default=LARGE)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of GPUs beside one")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--free", type=float, default=1024.0, metavar="GIB", help="that a rank's plan may count on")
+    parser.add_argument("--chunk", type=int, default=0, help="frames of a piece in place of the plan's")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--name", default="ranks_decode_2.3", help="of the result")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    options = parser.parse_args(arguments)
+    job = Job(str(options.shape), str(Shape(192, 256, 49)), options.repeats, options.free, False, options.chunk)
+    if options.tiny:
+        job = Job(str(Shape(160, 64, 17)), str(Shape(96, 64, 17)), 1, options.free, True, options.chunk)
+    sizes = [1, *sorted({size for size in options.sizes if size > 1})]
+    # on the CPU any number
+    there = torch.cuda.device_count() or max(sizes)
+    if there < max(sizes):
+        print(f"there are {_ranks(there)} only: measured without more")
+        sizes = [size for size in sizes if size <= there]
+    rows = []
+    with Clips.reserved(job) as whole, Clips.reserved(job) as bands:
+        visits = [visit(1, job, whole)]
+        for frames in whole.frames():
+            refuse_unless_finite("1 GPU", frames)
+        for size in sizes[1:]:
+            visits.append(visit(size, job, bands))
+            rows += same(size, job, bands, whole)
+    rows += rows_of(job, visits)
+    for row in rows:
+        print(f"{row.id}: {row.value:.6g} {row.unit}" + (f" ({row.bar})" if row.bar else ""))
+    if not options.tiny:
+        print(write(options.out, options.name, rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""bench_ranks_decode.py on a tiny VAE and the CPU: its rows, and that it has no figures for wrong results."""
+
+import pytest
+
+
+@pytest.fixture
+def bench(module):
+    return module("bench_ranks_decode")
+
+
+def test_two_ranks_are_measured_against_one_in_one_run(bench, values):
+    found = values(bench.main(["--tiny", "--sizes", "2"]))
+    assert found["96x64x17, float32: 2 GPUs to one, relative difference"] <= 1e-5
+    assert found["160x64x17: 2 GPUs to one, cosine, worst frame"] >= 0.9999
+    for where in ("device", "host"):
+        one, two = (found[f"160x64x17: {who}, to the {where}: time"] for who in ("1 GPU", "2 GPUs"))
+        assert found[f"160x64x17: one GPU / 2 GPUs, to the {where}: time"] == pytest.approx(one / two)
+
+
+def test_the_time_is_that_of_the_slowest_rank(bench):
+    visit = bench.Visit(2, {"device": [[1.0, 5.0, 2.0], [4.0, 3.0, 6.0]]}, 0, "")
+    assert visit.slowest("device") == 5.0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.5001, "float32: 2 GPUs to one, relative difference: 1.00e-04, allowed 1e-05"),
+        (float("nan"), "2 GPUs: 96x64x17: rows are missing or not finite"),
+    ],
+)
+def test_frames_that_are_not_those_of_one_rank_have_no_figures(bench, monkeypatch, value, message):
+    def visit(size, job, clips):
+        for frames in clips.frames():
+            frames.fill_(0.5 if size == 1 else value)
+        return bench.Visit(size, {"device": [[1.0]], "host": [[1.0]]}, 0, "")
+
+    monkeypatch.setattr(bench, "visit", visit)
+    with pytest.raises(SystemExit, match=message):
+        bench.main(["--tiny", "--sizes", "2"])
+
+
+def test_a_rank_that_fails_ends_the_others(bench, monkeypatch, tmp_path):
+    script = "import os, sys, time\nsys.exit(1) if os.environ['RANK'] == '1' else time.sleep(60)"
+    (tmp_path / "ranks_decode.py").write_text(script)
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    job = bench.Job("32x32x9", "32x32x9", 1, 1.0, True)
+    with bench.Clips.reserved(job) as clips, pytest.raises(SystemExit, match=r"rank 1 of 2 failed \(1\)"):
+        bench.visit(2, job, clips)
