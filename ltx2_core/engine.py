@@ -25,6 +25,7 @@ from .conditioning import state as tokens
 from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
 from .config.version import ModelVersion
+from .enhancing import enhance_prompt
 from .evaluate import EVALUATIONS
 from .frames import deliver
 from .graphs import WORTH_CAPTURING, can_capture
@@ -52,6 +53,7 @@ from .shapes import VIDEO_SPACE_FACTOR, VIDEO_TIME_FACTOR, ClipShape
 from .sound import SoundDecoding
 from .text import gemma
 from .text.context import Context
+from .text.enhance import EnhanceRequest
 from .text.native import split_conditioning
 from .text.tokenizer import Tokenizer, load_tokenizer, tokenize
 from .transformer.compiled import compiled, wants_compiling
@@ -123,6 +125,10 @@ class LocalEngine:
                 states, mask = gemma.hidden_states(encoder, ids, on_layer=progress.step)
             head = self._networks["text_head"].use(_TEXT_WORK_BYTES)
             return Context(head(states, mask).map(Tensor.cpu))
+
+    def enhance(self, request: EnhanceRequest) -> str:
+        """A fuller prompt, written by the text encoder. Raises EnhanceError, GemmaError or TokenizerError."""
+        return enhance_prompt(self.files, self._text_encoder, self._tokenizer, request, self.dtype)
 
     def encode_native(self, conditioning: Any) -> Context:
         """Turn a native CONDITIONING of LTX audio-video text into a context; raw ones pass through the connectors.

@@ -91,9 +91,18 @@ def test_method_returns_as_many_values_as_declared(name):
     module = ast.parse(Path(inspect.getfile(node)).read_text(encoding="utf-8"))
     (body,) = (n for n in module.body if isinstance(n, ast.ClassDef) and n.name == name)
     (method,) = (n for n in body.body if isinstance(n, ast.FunctionDef) and n.name == node.FUNCTION)
-    returned = [n.value for n in ast.walk(method) if isinstance(n, ast.Return)]
+    returned = [result_of(n.value) for n in ast.walk(method) if isinstance(n, ast.Return)]
     assert returned
     assert all(isinstance(value, ast.Tuple) and len(value.elts) == len(node.RETURN_TYPES) for value in returned)
+
+
+def result_of(returned: ast.expr) -> ast.expr:
+    """The values of the outputs, also where something is shown beside them."""
+    if not isinstance(returned, ast.Dict):
+        return returned
+    parts = {key.value: value for key, value in zip(returned.keys, returned.values, strict=True)}
+    assert set(parts) == {"ui", "result"}
+    return parts["result"]
 
 
 @pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
