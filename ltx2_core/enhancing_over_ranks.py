@@ -48,7 +48,7 @@ def enhance_over_ranks(
     where one rank says so, all raise Interrupted. Raises EnhanceError, ValueError and TokenizerError on all ranks alike.
     """
     _check_resident(text)
-    model = writer(_twin(text))
+    model = writer(twin(text))
     # by tokens every rank needs the whole feed-forward, which packed weights would have to be unpacked for
     split: Split = "weights" if any(_packed(part) for part in text.modules()) else "auto"
     weight_of = partial(_weight_of, dtype=text.norm.weight.dtype)
@@ -64,7 +64,7 @@ def enhance_over_ranks(
         shared.forget()
 
 
-def _twin(text: Any) -> Any:
+def twin(text: Any) -> Any:
     """Another tower over the same weights: what is put around it leaves the first one as it is."""
     weights = {id(tensor): tensor for tensor in (*text.parameters(), *text.buffers())}
     return copy.deepcopy(text, weights)

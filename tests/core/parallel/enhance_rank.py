@@ -69,11 +69,11 @@ def forced_scores(model, cache=None):
 
 def shared_scores(text, ranks):
     """The same by several ranks, and how many rows the feed-forwards of this one were given, call by call."""
-    from ltx2_engine.ltx2_core.enhancing_over_ranks import _twin
+    from ltx2_engine.ltx2_core.enhancing_over_ranks import twin
     from ltx2_engine.ltx2_core.parallel.helix_gemma import share_model
 
     rows = []
-    model = writer(_twin(text))
+    model = writer(twin(text))
     shared = share_model(model, ranks, copies=False)
     for layer in model.get_decoder().layers:
         layer.mlp.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[:-1].numel()))
