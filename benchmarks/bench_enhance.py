@@ -24,11 +24,11 @@ from pathlib import Path
 
 import pack  # noqa: F401
 import torch
-from enhance_rank import Plan, decoder_of, topologies_of
+from enhance_worker import Plan, decoder_of, topologies_of
 from ltx2_engine.ltx2_core.parallel.helix_traffic import table
 from report import Row, write
 
-ENTRY = Path(__file__).with_name("enhance_rank.py")
+ENTRY = Path(__file__).with_name("enhance_worker.py")
 # beside what the parent has
 ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",

@@ -27,7 +27,7 @@ def test_one_and_two_ranks_are_measured_and_checked(bench, values, capsys):
 
 
 def test_wrong_scores_have_no_figures(module, monkeypatch):
-    rank = module("enhance_rank")
+    rank = module("enhance_worker")
     with torch.inference_mode():
         found = rank.Bench(rank.Plan(2, (8,), 1, tiny=True), torch.device("cpu"), list)
         found.want = -found.want

@@ -228,6 +228,29 @@ def test_blocks_that_are_streamed_write_the_same(files, load_encoder, text, toke
         stream.close()
 
 
+def test_a_gguf_whose_weights_stay_packed_writes(tmp_path, gemma_folder, write_gguf):
+    from ltx2_engine.ltx2_core.loading.build import Source
+    from ltx2_engine.ltx2_core.loading.linear import PackedLinear
+    from ltx2_engine.ltx2_core.loading.store import WeightStore
+    from ltx2_engine.ltx2_core.text import encoder_files
+
+    write_gguf(tmp_path / "gemma.gguf", gemma_folder, "Q8_0")
+    files = read_text_encoder(tmp_path / "gemma.gguf")
+    with torch.device("meta"):
+        packed = encoder_files.build(files)
+    sources = [Source(name, file, weight) for file, weight, name in files.needed()]
+    in_layers = {"keeps_packed": lambda name: name.startswith("layers.")}
+    store = WeightStore(packed, sources, device=torch.device("cpu"), dtype=torch.float32, **in_layers)
+    store.converge(lambda: (), overlap=False, on_bytes=lambda count: None, stopped=lambda: False)
+    gemma.fill_buffers(packed, torch.device("cpu"))
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 6 * 7
+    own = load_tokenizer(files.tokenizer)
+    words = replace(own, decode=lambda ids: "".join(chr(0x4E00 + i) for i in ids))
+    first, again, other = (enhance(packed, words, request(seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
 def test_nothing_written_is_an_error(text, tokenizer):
     silent = replace(tokenizer, decode=lambda ids: " ** \n")
     with pytest.raises(EnhanceError, match=r"wrote nothing that could be a prompt\. Try another seed"):

@@ -1,6 +1,6 @@
 """One rank of bench_enhance.py: reads a prompt and draws tokens in every topology of so many ranks.
 
-Started as ``enhance_rank.py RANK WORLD FOLDER PLAN``; rank 0 writes ``rows.json``.
+Started as ``enhance_worker.py RANK WORLD FOLDER PLAN``; rank 0 writes ``rows.json``.
 """
 
 from __future__ import annotations
