@@ -1,9 +1,11 @@
 """The engine and its node enhance prompts: every form of a text encoder, interrupts, progress, and memory."""
 
 import time
+import types
 
 import pytest
 import torch
+from ltx2_engine.ltx2_core import enhancing
 from ltx2_engine.ltx2_core.component import Component
 from ltx2_engine.ltx2_core.engine import ModelHandle, open_engine
 from ltx2_engine.ltx2_core.host import Interrupted, use_host
@@ -143,6 +145,12 @@ def test_every_token_is_progress_and_an_interrupt_ends_within_one(engine):
         assert host.seen == 2
         host.stop_at = None
         assert engine.enhance(request())
+
+
+def test_a_streamed_encoder_is_said_to_be_slow(caplog):
+    encoder = types.SimpleNamespace(device="cuda:0", full_bytes=24 << 30, bytes_on=lambda device: 4 << 30)
+    enhancing._warn_of_streaming(encoder)
+    assert "20.0 GiB of it are copied there again for every token, so this takes minutes" in caplog.text
 
 
 def test_the_node_hands_on_what_it_was_given_and_shows_the_text(engine, monkeypatch):

@@ -201,6 +201,8 @@ print(json.dumps({"seconds": min(ask() for _ in range(5)), "torch": "torch" in s
 def test_offered_names_are_those_that_are_implemented():
     from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
     from ltx2_engine.ltx2_core.model_spec import DTYPES
+    from ltx2_engine.ltx2_core.parallel.helix_topology import Attention, Decoder
+    from ltx2_engine.ltx2_core.parallel.helix_traffic import choose, kind_of
     from ltx2_engine.ltx2_core.sampling.choice import FOLLOW_NOISE_SEED, NOISE_KINDS, SamplerChoice
     from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance
     from ltx2_engine.ltx2_core.sampling.noise import NOISE_LAYOUTS
@@ -229,6 +231,10 @@ def test_offered_names_are_those_that_are_implemented():
     assert set(presets.EVALUATIONS) == {"auto", *EVALUATIONS}
     assert offered["LTX2Decode", "tiling"] == list(presets.TILINGS)
     assert offered["LTX2LoadModel", "dtype"] == list(DTYPES)
+    topologies = offered["LTX2EnhancePrompt", "topology"]
+    assert topologies == list(presets.ENHANCE_TOPOLOGIES)
+    decoder = Decoder(64, 64, 64, (Attention(1, 8, 8, 8),))
+    assert [kind_of(choose(decoder, 4, 64, choice=one)) for one in topologies] == ["tensor", *topologies[1:]]
 
 
 # from release to release ---------------------------------------------------------------------------------------------
