@@ -9,12 +9,13 @@ _PLAIN = str.maketrans(
         **dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u00b4", "'"),
         **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"'),
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"),
-        **dict.fromkeys("\u00a0\u202f\u2007", " "),
+        **dict.fromkeys("\u00a0\u202f\u2007\t", " "),
         "\ufffd": None,
     }
 )
 _FENCE = re.compile(r"^```\w*\s*\n(.*?)\n?```$", re.DOTALL)
-# a heading that only says what follows
+# a line, and a heading, that only say what follows
+_PREAMBLE = re.compile(r"^[^\n:]{0,80}\bprompt\b[^\n:]{0,40}:[*_]*[ \t]*\n+", re.IGNORECASE)
 _LABEL = re.compile(r"^[#*_\s]*(?:enhanced |video |final )?prompt[*_]*\s*:[*_]*\s*", re.IGNORECASE)
 _EMPHASIS = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1")
 _DECORATION = re.compile(r"^[#>*\-\s]+")
@@ -27,7 +28,7 @@ def cleaned(text: str) -> str:
     """
     text = text.translate(_PLAIN)
     text = "".join(c for c in text if c.isprintable() or c == "\n").strip()
-    text = _FENCE.sub(r"\1", text)
+    text = _FENCE.sub(r"\1", _PREAMBLE.sub("", text).strip())
     text = _EMPHASIS.sub(r"\2", _LABEL.sub("", text))
     text = _unquoted(_DECORATION.sub("", text).strip())
     lines = (" ".join(line.split()) for line in text.splitlines())
