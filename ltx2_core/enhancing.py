@@ -20,7 +20,7 @@ from .text.tokenizer import Tokenizer
 log = logging.getLogger("ltx2.engine")
 
 # the first step over at most 4096 tokens, and the keys and values of a few thousand
-_WORK_BYTES = 2 << 30
+WORK_BYTES = 2 << 30
 
 
 def enhance_prompt(
@@ -35,7 +35,7 @@ def enhance_prompt(
     device = torch.device(files.spec.device)
     with phase("prompt enhancement", device), torch.no_grad():
         picture = None if request.image is None else see(files, request.image, dtype)
-        text = encoder.use(_WORK_BYTES)
+        text = encoder.use(WORK_BYTES)
         _warn_of_streaming(encoder)
         with host().progress(request.max_new_tokens, "enhancing the prompt") as progress:
             check = host().check_interrupt
@@ -51,7 +51,7 @@ def see(files: ModelFiles, image: Tensor, dtype: torch.dtype) -> Tensor:
     """
     component = vision_component(files, dtype)
     try:
-        return component.use(_WORK_BYTES)(image)
+        return component.use(WORK_BYTES)(image)
     finally:
         component.close()
 

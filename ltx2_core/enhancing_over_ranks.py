@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .host import Interrupted
+from .component import Component
+from .enhancing import WORK_BYTES, see
+from .host import Interrupted, host
 from .loading.linear import PackedLinear
+from .model_files import ModelFiles
 from .parallel.helix_gemma import Split, share_model
 from .parallel.helix_topology import Decoder, Ranks, Topology
 from .parallel.helix_traffic import choose
-from .text.enhance import MAX_READ_TOKENS, EnhanceError, EnhanceRequest, write, writer
+from .phases import phase
+from .text.enhance import MAX_READ_TOKENS, EnhanceError, EnhanceRequest, check_writes, write, writer
 from .text.tokenizer import Tokenizer
 
 
@@ -29,6 +33,46 @@ def enhancing_topology(text: Any, ranks: int, request: EnhanceRequest) -> Topolo
     where no topology of that kind fits.
     """
     return choose(Decoder.of(text.config), ranks, MAX_READ_TOKENS + request.max_new_tokens, choice=request.topology)
+
+
+def enhance_prompt_over_ranks(
+    files: ModelFiles,
+    encoder: Component[Any],
+    tokenizer: Tokenizer,
+    request: EnhanceRequest,
+    dtype: torch.dtype,
+    ranks: Ranks,
+) -> str:
+    """What ``enhancing.enhance_prompt`` does, by every rank of a topology with its own encoder, all of it on its device.
+
+    The host of each rank shows progress and says whether it was stopped. Raises HostOutOfMemory too.
+    """
+    check_writes(files.text_encoder.config)
+    device = torch.device(files.spec.device)
+    with phase(f"prompt enhancement, {ranks.topology.name}", device), torch.no_grad():
+        picture = None if request.image is None else see(files, request.image, dtype)
+        text = encoder.use(WORK_BYTES, streamed=0)
+        with host().progress(request.max_new_tokens, "enhancing the prompt") as progress:
+            stop = _StopLater(progress.step)
+            return enhance_over_ranks(
+                text, tokenizer, request, ranks, picture, on_token=stop.step, interrupted=stop.asked
+            )
+
+
+class _StopLater:
+    """Steps of a progress that notes an interrupt instead of raising it: the other ranks have to hear of it first."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step, self._stopped = step, False
+
+    def step(self) -> None:
+        try:
+            self._step()
+        except Interrupted:
+            self._stopped = True
+
+    def asked(self) -> bool:
+        return self._stopped or host().interrupted()
 
 
 def enhance_over_ranks(

@@ -153,6 +153,32 @@ def test_a_streamed_encoder_is_said_to_be_slow(caplog):
     assert "20.0 GiB of it are copied there again for every token, so this takes minutes" in caplog.text
 
 
+def test_ranks_write_what_the_engine_does_and_stop_together(engine):
+    from ltx2_engine.ltx2_core.enhancing_over_ranks import enhance_prompt_over_ranks
+    from ltx2_engine.ltx2_core.parallel.helix_topology import ONE
+
+    def by_ranks(asked):
+        files, encoder, tokenizer = engine.files, engine._text_encoder, engine._tokenizer
+        return enhance_prompt_over_ranks(files, encoder, tokenizer, asked, engine.dtype, ONE)
+
+    pictured = request(image=PICTURE[0, ..., :3])
+    assert (by_ranks(request()), by_ranks(pictured)) == (engine.enhance(request()), engine.enhance(pictured))
+    host = StandaloneHost(progress="quiet")
+    with use_host(host):
+        progress, begun = host.progress, []
+
+        def stopped_at_once(total, label, node_id=None):
+            begun.append(label)
+            shown = progress(total, label, node_id)
+            host.interrupt()
+            return shown
+
+        host.progress = stopped_at_once
+        with pytest.raises(Interrupted):
+            by_ranks(request())
+        assert begun == ["enhancing the prompt"]
+
+
 def test_the_node_hands_on_what_it_was_given_and_shows_the_text(engine, monkeypatch):
     given = []
     monkeypatch.setattr(type(engine), "enhance", lambda self, request: (given.append(request), "A fox.")[1])
