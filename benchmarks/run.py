@@ -34,10 +34,13 @@ BENCHMARKS = {
     "load": ("bench_load.py",),
     "load_diffusers": ("bench_load_diffusers.py",),
     "first_step": ("bench_first_step.py",),
+    "enhance": ("bench_enhance.py",),
 }
 # how a benchmark is asked for a trial that takes seconds; the others have none
 TRIALS = {"bench_stream.py": "--small", "bench_load_diffusers.py": "--tiny"}
-TRIALS |= dict.fromkeys(("bench_step.py", "bench_kernels.py", "bench_decode.py", "bench_ranks_decode.py"), "--tiny")
+TRIALS |= dict.fromkeys(
+    ("bench_step.py", "bench_kernels.py", "bench_decode.py", "bench_ranks_decode.py", "bench_enhance.py"), "--tiny"
+)
 
 
 def command(name: str, out: Path, *, tiny: bool, others: Sequence[str]) -> list[str]:

@@ -28,6 +28,7 @@ from .model_files import ModelFiles
 from .model_spec import ModelSpec
 from .networks import build_on_meta
 from .text import encoder_files, gemma
+from .text.vision import build_vision, fill_vision_buffers, read_vision
 from .upsampler_files import build_upsampler
 
 log = logging.getLogger("ltx2.engine")
@@ -126,6 +127,26 @@ def text_encoder_component(files: ModelFiles, dtype: torch.dtype) -> Component[A
         device=files.spec.device,
         dtype=dtype,
         limit=files.spec.limit_bytes,
+    )
+
+
+def vision_component(files: ModelFiles, dtype: torch.dtype) -> Component[Any]:
+    """The vision tower of the text encoder. Raises GemmaError where its files have none."""
+    vision, device = read_vision(files.text_encoder), torch.device(files.spec.device)
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return build_vision(vision)
+
+    return Component(
+        "vision tower",
+        NetworkFiles(
+            build,
+            [Source(name, file, weight) for file, weight, name in vision.weights],
+            finish=lambda module: fill_vision_buffers(module, device),
+        ),
+        device=files.spec.device,
+        dtype=dtype,
     )
 
 

@@ -27,6 +27,7 @@ from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
 from .config.version import ModelVersion
 from .decoding import decode_video
+from .enhancing import enhance_prompt
 from .evaluate import EVALUATIONS
 from .graphs import WORTH_CAPTURING, can_capture
 from .host import Progress, host
@@ -56,6 +57,7 @@ from .sound import SoundDecoding
 from .stage import Stage
 from .text import gemma
 from .text.context import Context
+from .text.enhance import EnhanceRequest
 from .text.native import NativeText, split_conditioning
 from .text.tokenizer import Tokenizer, load_tokenizer, tokenize
 from .transformer.compiled import compiled, wants_compiling
@@ -134,6 +136,10 @@ class LocalEngine:
                 states, mask = gemma.hidden_states(encoder, ids, on_layer=progress.step)
             head = self._networks["text_head"].use(_TEXT_WORK_BYTES)
             return Context(head(states, mask).map(Tensor.cpu))
+
+    def enhance(self, request: EnhanceRequest) -> str:
+        """A fuller prompt, written by the text encoder. Raises EnhanceError, GemmaError or TokenizerError."""
+        return enhance_prompt(self.files, self._text_encoder, self._tokenizer, request, self.dtype)
 
     def encode_native(self, conditioning: Any) -> Context:
         """Turn a native CONDITIONING of LTX audio-video text into a context; raw ones pass through the connectors.

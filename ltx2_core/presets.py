@@ -15,6 +15,8 @@ EVALUATIONS = ("auto", "split", "batched")
 NOISE_LAYOUTS = ("ltx", "comfy")
 SCHEDULES = ("distilled", "distilled stage 2", "ltx-2")
 TILINGS = ("auto", "none", "temporal", "spatial")
+# how several GPUs share the enhancement of a prompt
+ENHANCE_TOPOLOGIES = ("auto", "single", "tensor", "helix")
 
 DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
 DISTILLED_STAGE_2_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)

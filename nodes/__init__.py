@@ -9,7 +9,7 @@ from .host import install
 from .latent import LTX2EmptyLatent
 from .load import LTX2LoadModel
 from .lora import LTX2LoadLora
-from .prompt import LTX2EncodePrompt
+from .prompt import LTX2EncodePrompt, LTX2EnhancePrompt
 from .sample import LTX2Sampler, LTX2SelectSampler, LTX2Sigmas
 from .sound import LTX2KeepAudio, LTX2ReferenceAudio
 from .upscale import LTX2JoinStreams, LTX2UpscaleLatent
@@ -40,6 +40,7 @@ NODE_CLASS_MAPPINGS = {
     "LTX2UpscaleLatent": LTX2UpscaleLatent,
     "LTX2JoinStreams": LTX2JoinStreams,
     "LTX2DecodeAudio": LTX2DecodeAudio,
+    "LTX2EnhancePrompt": LTX2EnhancePrompt,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -67,6 +68,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "LTX2UpscaleLatent": "LTX-2 Upscale Latent",
     "LTX2JoinStreams": "LTX-2 Join Streams",
     "LTX2DecodeAudio": "LTX-2 Decode Audio",
+    "LTX2EnhancePrompt": "LTX-2 Enhance Prompt",
 }
 
 install()

@@ -9,6 +9,7 @@ for worker processes, not for one that runs other models.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,13 +29,20 @@ NAME = "ltx2_helix"
 # What the feed-forward is split by. auto: by tokens where a call has several per sequence, which halves the traffic and
 # is bound by arithmetic; by weights for single tokens, which are bound by reading them
 Split = Literal["auto", "weights", "tokens"]
+# the weight [out, in] of a linear layer, which may be packed
+WeightOf = Callable[[Any], Tensor]
+
+
+def weight_of(linear: Any) -> Tensor:
+    """That of a plain linear layer."""
+    return linear.weight.detach()
 
 
 class SharedModel:
     """A model whose weights ``share_model`` has shared, and what its calls on this rank have in common."""
 
-    def __init__(self, model: Any, ranks: Ranks, split: Split, block: int) -> None:
-        self.model, self.ranks, self.split = model, ranks, split
+    def __init__(self, model: Any, ranks: Ranks, split: Split, block: int, weights: _Weights) -> None:
+        self.model, self.ranks, self.split, self.weights = model, ranks, split, weights
         self.owners = OwnerMap(ranks.context.rank, ranks.context.size, block)
         self.call = _Call()
 
@@ -42,6 +50,10 @@ class SharedModel:
         """An empty cache for ``generate(past_key_values=...)`` or a call of the model, for new sequences."""
         attentions = [layer.self_attn for layer in self.model.get_decoder().layers]
         return Cache(layers=[OwnedKeys(self.owners, attention.sliding_window) for attention in attentions])
+
+    def forget(self) -> None:
+        """Let go of the model: it knows this object too, and both would live until the collector comes."""
+        self.model = None
 
 
 @dataclass
@@ -54,11 +66,20 @@ class _Call:
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
 
-def share_model(model: Any, ranks: Ranks, *, split: Split = "auto", block: int = 16) -> SharedModel:
+def share_model(
+    model: Any,
+    ranks: Ranks,
+    *,
+    split: Split = "auto",
+    block: int = 16,
+    copies: bool = True,
+    weight_of: WeightOf = weight_of,
+) -> SharedModel:
     """Share a Gemma 3 model of transformers (``ForCausalLM`` or ``ForConditionalGeneration``), in place.
 
     Every rank gives the same complete model and keeps its share of it. split: what the feed-forward is split by; with
-    tokens or auto every rank keeps all of its weights. block: positions that a rank of a sequence holds in a row.
+    tokens or auto every rank keeps all of its weights. block: positions that a rank of a sequence holds in a row. copies:
+    copy the shares, so that the rest of each weight goes; else they are views, and the weights stay where they are.
     Raises ValueError when the topology does not fit the model.
     """
     text = model.get_decoder()
@@ -68,7 +89,8 @@ def share_model(model: Any, ranks: Ranks, *, split: Split = "auto", block: int =
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _boolean_mask)
     model.set_attn_implementation(NAME if model.config is text.config else {"text_config": NAME})
-    shared = SharedModel(model, ranks, split, block)
+    weights = _Weights(copies, weight_of)
+    shared = SharedModel(model, ranks, split, block, weights)
     shares = Shares.of(decoder, decoder.attentions[0], ranks.topology, ranks.everyone.rank)
     for layer in text.layers:
         _share_attention(layer.self_attn, shared, shares)
@@ -129,9 +151,8 @@ def _gathered(call: _Call, hidden: Tensor) -> Tensor:
 
 
 def _share_attention(attention: Any, shared: SharedModel, shares: Shares) -> None:
-    _keep(attention.q_proj, shares.query)
-    _keep(attention.k_proj, shares.key)
-    _keep(attention.v_proj, shares.key)
+    for name, rows in (("q_proj", shares.query), ("k_proj", shares.key), ("v_proj", shares.key)):
+        setattr(attention, name, _Rows(shared.weights.part(getattr(attention, name), rows)))
     attention.o_proj = _Output(attention.o_proj, shared, shares.output)
     attention.shared_model = shared
     attention.register_forward_pre_hook(functools.partial(_enter_attention, shared), with_kwargs=True)
@@ -161,7 +182,7 @@ class _Output(nn.Module):
     def __init__(self, linear: nn.Linear, shared: SharedModel, share: slice) -> None:
         super().__init__()
         self.shared_model = shared
-        self.weight = _part(linear.weight, columns=share)
+        self.weight = shared.weights.part(linear, columns=share)
 
     def forward(self, heads: Tensor) -> Tensor:
         shared, partial = self.shared_model, F.linear(heads, self.weight)
@@ -183,8 +204,9 @@ class _FeedForward(nn.Module):
         kept = slice(None) if keeps_all else share
         self.share = share if keeps_all else slice(None)
         self.act_fn = mlp.act_fn
-        self.gate, self.up = _part(mlp.gate_proj.weight, kept), _part(mlp.up_proj.weight, kept)
-        self.down = _part(mlp.down_proj.weight, columns=kept)
+        weights = shared.weights
+        self.gate, self.up = weights.part(mlp.gate_proj, kept), weights.part(mlp.up_proj, kept)
+        self.down = weights.part(mlp.down_proj, columns=kept)
 
     def forward(self, x: Tensor) -> Tensor:
         shared = self.shared_model
@@ -213,14 +235,30 @@ class _Scores(nn.Module):
 # weights --------------------------------------------------------------------------------------------------------------
 
 
-def _keep(linear: nn.Linear, rows: slice) -> None:
-    linear.weight = _part(linear.weight, rows)
-    linear.out_features = linear.weight.shape[0]
+@dataclass(frozen=True)
+class _Weights:
+    """How a share of a weight is taken. copies, weight_of: as in ``share_model``."""
+
+    copies: bool
+    weight_of: WeightOf
+
+    def part(self, linear: Any, rows: slice = slice(None), columns: slice = slice(None)) -> nn.Parameter:
+        """Rows and columns of a linear layer's weight."""
+        weight = self.weight_of(linear)
+        part = weight[rows, columns]
+        # the rest of a weight that was unpacked for this call goes too
+        unpacked = linear.weight is None
+        if (self.copies or unpacked) and part.shape != weight.shape:
+            part = part.clone(memory_format=torch.contiguous_format)
+        return nn.Parameter(part, requires_grad=False)
 
 
-def _part(weight: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> nn.Parameter:
-    part = weight.detach()[rows, columns]
-    # a copy lets the rest of the weight go
-    return nn.Parameter(
-        part if part.shape == weight.shape else part.clone(memory_format=torch.contiguous_format), requires_grad=False
-    )
+class _Rows(nn.Module):
+    """A projection to this rank's share of the heads."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..presets import ENHANCE_TOPOLOGIES as CHOICES
 from .helix_topology import Attention, Decoder, Topology, check, topologies
-
-CHOICES = ("auto", "single", "tensor", "helix")
 
 
 @dataclass(frozen=True)

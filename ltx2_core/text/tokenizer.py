@@ -62,12 +62,13 @@ class Tokenizer:
     """A text encoder's tokenizer.
 
     encode: ids of a text as it stands, without special tokens around it. decode: the text of ids. bos: the id that
-    begins every prompt.
+    begins every prompt. size: ids below it can be decoded; a text encoder may have more.
     """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     bos: int
+    size: int
 
 
 def tokenize(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -145,7 +146,8 @@ def _load_json(source: TokenizerSource) -> Tokenizer:
     bos = backend.token_to_id(_BOS)
     if bos is None:
         raise TokenizerError(f"the tokenizer in {source} has no token {_BOS}; use the one of the text encoder")
-    return Tokenizer(lambda text: backend.encode(text, add_special_tokens=False).ids, backend.decode, bos)
+    size = backend.get_vocab_size(with_added_tokens=True)
+    return Tokenizer(lambda text: backend.encode(text, add_special_tokens=False).ids, backend.decode, bos, size)
 
 
 def _load_sentencepiece(source: TokenizerSource) -> Tokenizer:
@@ -194,7 +196,7 @@ def _from_sentencepiece(model: bytes, source: TokenizerSource) -> Tokenizer:
     bos = processor.bos_id()
     if bos < 0:
         raise TokenizerError(f"the tokenizer in {source} has no BOS token; use the one of the text encoder")
-    return Tokenizer(processor.encode, lambda ids: processor.decode(list(ids)), bos)
+    return Tokenizer(processor.encode, lambda ids: processor.decode(list(ids)), bos, processor.get_piece_size())
 
 
 def _read(source: TokenizerSource) -> bytes:

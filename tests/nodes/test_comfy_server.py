@@ -140,6 +140,19 @@ def test_extension_and_help_pages_are_served(server: Server):
         assert server.get(f"/extensions/ltx2-engine/docs/{name}.md").startswith(b"# LTX-2 ")
 
 
+def test_an_enhanced_prompt_is_shown(server: Server, comfy_script: Callable, tiny_prompt: Callable, tmp_path: Path):
+    load = next(node for node in tiny_prompt("text_to_video").values() if node["class_type"] == "LTX2LoadModel")
+    inputs = {"model": ["1", 0], "prompt": "a fox", "seed": 1, "max_new_tokens": 24}
+    prompt = {"1": load, "2": {"class_type": "LTX2EnhancePrompt", "inputs": inputs}}
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": prompt, "interrupt": None}]))
+    [run] = comfy_script("server_checks.py", server.url, tmp_path / "prompts.json")["runs"]
+    assert run["history"] == "success"
+    [text] = run["outputs"]["2"]["text"]
+    assert any(c.isalnum() for c in text)
+    value, most = run["bars"]["2"][-1]
+    assert 1 <= value <= most
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_workflow_runs_to_success(name: str, runs: dict, comfy_base: Path):
     run = runs[name]

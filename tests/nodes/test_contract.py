@@ -91,9 +91,18 @@ def test_method_returns_as_many_values_as_declared(name):
     module = ast.parse(Path(inspect.getfile(node)).read_text(encoding="utf-8"))
     (body,) = (n for n in module.body if isinstance(n, ast.ClassDef) and n.name == name)
     (method,) = (n for n in body.body if isinstance(n, ast.FunctionDef) and n.name == node.FUNCTION)
-    returned = [n.value for n in ast.walk(method) if isinstance(n, ast.Return)]
+    returned = [result_of(n.value) for n in ast.walk(method) if isinstance(n, ast.Return)]
     assert returned
     assert all(isinstance(value, ast.Tuple) and len(value.elts) == len(node.RETURN_TYPES) for value in returned)
+
+
+def result_of(returned: ast.expr) -> ast.expr:
+    """The values of the outputs, also where something is shown beside them."""
+    if not isinstance(returned, ast.Dict):
+        return returned
+    parts = {key.value: value for key, value in zip(returned.keys, returned.values, strict=True)}
+    assert set(parts) == {"ui", "result"}
+    return parts["result"]
 
 
 @pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
@@ -192,6 +201,8 @@ print(json.dumps({"seconds": min(ask() for _ in range(5)), "torch": "torch" in s
 def test_offered_names_are_those_that_are_implemented():
     from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
     from ltx2_engine.ltx2_core.model_spec import DTYPES
+    from ltx2_engine.ltx2_core.parallel.helix_topology import Attention, Decoder
+    from ltx2_engine.ltx2_core.parallel.helix_traffic import choose, kind_of
     from ltx2_engine.ltx2_core.sampling.choice import FOLLOW_NOISE_SEED, NOISE_KINDS, SamplerChoice
     from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance
     from ltx2_engine.ltx2_core.sampling.noise import NOISE_LAYOUTS
@@ -220,6 +231,10 @@ def test_offered_names_are_those_that_are_implemented():
     assert set(presets.EVALUATIONS) == {"auto", *EVALUATIONS}
     assert offered["LTX2Decode", "tiling"] == list(presets.TILINGS)
     assert offered["LTX2LoadModel", "dtype"] == list(DTYPES)
+    topologies = offered["LTX2EnhancePrompt", "topology"]
+    assert topologies == list(presets.ENHANCE_TOPOLOGIES)
+    decoder = Decoder(64, 64, 64, (Attention(1, 8, 8, 8),))
+    assert [kind_of(choose(decoder, 4, 64, choice=one)) for one in topologies] == ["tensor", *topologies[1:]]
 
 
 # from release to release ---------------------------------------------------------------------------------------------
