@@ -35,9 +35,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     setting = tiny(options.layers) if options.small else full_size(options.layers, options.rounds)
-    rows, complete = [], True
+    every, complete = [], True
     for part in options.parts:
-        start = time.perf_counter()
+        start, rows = time.perf_counter(), []
         try:
             with torch.no_grad():
                 for row in PARTS[part](setting):
@@ -48,9 +48,10 @@ def main() -> None:
             complete = False
         print(f"{part}: {time.perf_counter() - start:.0f} s")
         clean(setting.device)
-    if not options.small:
-        print(write(options.out, "stream_2.3", rows))
-    if not complete or any(row.unit == CHECK and row.bar == "1" and row.value != 1 for row in rows):
+        if not options.small:
+            print(write(options.out, f"stream_{part}_2.3", rows))
+        every += rows
+    if not complete or any(row.unit == CHECK and row.bar == "1" and row.value != 1 for row in every):
         raise SystemExit("a part failed, or bits differ")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pack  # noqa: F401
 import torch
 from ltx2_engine.ltx2_core.av import AV
+from ltx2_engine.ltx2_core.component import _spread
 from ltx2_engine.ltx2_core.loading.arena import Arena
 from ltx2_engine.ltx2_core.loading.linear import LowRank, PackedLinear, put
 from ltx2_engine.ltx2_core.memory_plan import SLOTS
@@ -37,7 +38,7 @@ def steps(setting: Setting) -> Iterator[Row]:
     hosted = HostedBlocks(setting, resident)
     yield Row("blocks to host memory", hosted.seconds, "s")
     try:
-        chosen = range(len(resident.blocks) - hosted.fewest_streamed(setting, resident), len(resident.blocks))
+        chosen = sorted(_spread(hosted.fewest_streamed(setting, resident), len(resident.blocks)))
         with hosted.streamed(setting, resident, chosen) as model:
             yield from compared(setting, resident, model, setting.large, PLAIN, "<= 1.05")
             yield from compared(setting, resident, model, setting.large, setting.guided, "<= 1.03", warm=1)
@@ -145,8 +146,10 @@ def against_link(
     yield Row(f"{what}: step, streamed", streamed, "ms")
     yield Row(f"{what}: streamed / max(copies, resident)", streamed / max(copies, alone), "1", "<= 1.15")
     yield same_bits(what, given)
-    spread = [number for number in range(total) if (number + 1) * len(chosen) // total > number * len(chosen) // total]
-    for how, numbers in (("as many blocks, spread evenly", spread), ("every block", range(total))):
+    for how, numbers in (
+        ("as many blocks, the last", range(total - len(chosen), total)),
+        ("every block", range(total)),
+    ):
         with hosted.streamed(setting, resident, numbers) as model:
             (streamed,), given = take_turns(setting, [step_of(setting.model, model, clip, setting.random)])
         floor = max(copies * len(numbers) / len(chosen), alone)
