@@ -30,7 +30,7 @@ from .evaluate import EVALUATIONS
 from .frames import deliver
 from .graphs import WORTH_CAPTURING, can_capture
 from .host import Progress, host
-from .job import DecodedClip, SampleJob, check_latents, planned_passes
+from .job import DecodedClip, SampleJob, check_latents, planned_passes, warn_of_guidance
 from .loading.lora.file import read_lora, reference_factors
 from .loading.while_loading import while_loading
 from .memory_plan import MemoryPlan, plan_memory
@@ -155,6 +155,7 @@ class LocalEngine:
     def sample(self, job: SampleJob) -> AVLatent:
         """Sample a clip. Raises ValueError for a job that does not fit the model, before anything is loaded."""
         guidance, passes = job.effective_guidance, planned_passes(job, self.files)
+        warn_of_guidance(passes, self.files.spec.checkpoint.name)
         # host floats that the device represents exactly: the sampler's arithmetic is float32
         sigmas = tuple(float(np.float32(sigma)) for sigma in check_sigmas(job.sigmas))
         with torch.no_grad():

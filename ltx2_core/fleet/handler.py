@@ -114,6 +114,7 @@ class EngineJobs:
 
     def _engine(self, spec: ModelSpec) -> LocalEngine:
         """The engine of a list of LoRAs; all of a fleet share one set of networks."""
+        self._host.check_interrupt()
         engine = self._engines.get(spec)
         if engine is None:
             base = self._base(spec)
@@ -149,7 +150,7 @@ def _digest(latent: AVLatent) -> str:
 
 
 def _log_as(rank: int) -> None:
-    """Rank 0 logs as the parent does, the others what goes wrong."""
+    """Rank 0 logs as the parent does, the others what nobody else can know."""
     level = int(os.environ.get(LOG_LEVEL, logging.WARNING))
     logging.basicConfig(format=f"rank {rank}: %(message)s")
-    logging.getLogger("ltx2").setLevel(level if rank == 0 else max(level, logging.WARNING))
+    logging.getLogger("ltx2").setLevel(level if rank == 0 else max(level, logging.ERROR))

@@ -33,7 +33,7 @@ from ltx2_engine.ltx2_core.standalone import StandaloneHost
 from ltx2_engine.ltx2_core.testing import assert_close
 from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file, write_tiny_set
 
-from .observe import Sockets, alive, internet_sockets, wait_for
+from .observe import Sockets, after, alive, internet_sockets, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 CLIP = ClipShape(17, 96, 96, 24.0)
@@ -213,6 +213,17 @@ def test_a_fleet_encodes_samples_and_decodes_as_one_process(recording, fleet, si
     assert any(picture is not None and picture.shape == (3, 3, 3) for picture in recording.pictures)
 
 
+def test_native_text_is_finished_as_in_one_process(recording, fleet, single):
+    one, positive, _ = single
+    finished = torch.cat([*positive.features.present()], dim=-1)
+    raw = torch.randn(1, 40, finished.shape[-1], generator=torch.Generator().manual_seed(0))
+    for conditioning in ([[finished, {}]], [[raw, {"unprocessed_ltxav_embeds": True}]]):
+        got, want = fleet.encode_native(conditioning), one.encode_native(conditioning)
+        assert all(map(torch.equal, got.features.present(), want.features.present()))
+    with pytest.raises(ValueError, match="wide"):
+        fleet.encode_native([[raw[..., 1:], {}]])
+
+
 def test_all_ranks_have_the_same_bits(recording, fleet, single):
     for topology in ("1x2", "2x1"):
         answers, _ = of_topology(fleet, topology)._run("sample", job=job(single, GUIDED), preview=None)
@@ -290,6 +301,19 @@ def test_a_stop_ends_the_job_within_a_second_and_not_the_workers(recording, flee
     assert time.monotonic() - asked[0] < 1.0
     recording.on_step = lambda value: None
     works(engine, single)
+    assert pids(fleet) == before
+
+
+def test_a_stop_that_is_there_before_a_rank_begins_leaves_the_workers(recording, fleet, single):
+    fleet.sample(job(single))
+    before = pids(fleet)
+    # rank 0 is in the job when rank 1 reads job and stop at once
+    os.kill(before[1], signal.SIGSTOP)
+    recording.interrupt()
+    after(0.5, lambda: os.kill(before[1], signal.SIGCONT))
+    with pytest.raises(Interrupted):
+        fleet.sample(job(single))
+    works(fleet, single)
     assert pids(fleet) == before
 
 
