@@ -1,23 +1,30 @@
 """The machinery of ``staged.py``: threads that read chunks of files, and the memory that the bytes go to.
 
-A chunk is a run of bytes of one file that belong to one or more tensors. Tensors in host memory are read into
-directly; bytes for another device are read into a slot, a pinned buffer, and copied from there while the next are read.
-Chunk number n uses slot n modulo the number of slots, so a slot is free when the chunk that had it has been waited for
-and the copies out of it are over.
+A chunk is a run of bytes of one file that belong to one or more tensors: what the consumer waits for at once. Threads read
+it in stretches. Tensors in host memory are read into directly; bytes for another device are read into a slot, a pinned
+buffer, and copied from there while the next are read. A slot is used again when the copies out of it are over.
+
+Copies are begun by the consumer, whenever it comes to ask for more: Python's threads take turns, every operation on a tensor
+ends a thread's turn, and the next is long in coming while the consumer is busy. A reader needs one turn a stretch.
+
+All slots together are small, for the processor's last cache: what a thread has written there the device then reads from
+there. Through slots that go by way of the memory, threads read half as fast (one H200: 40 GB/s where these reach 54, the
+link's rate).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +39,13 @@ log = logging.getLogger("ltx2.loading")
 CHUNK_BYTES = 32 * 1024 * 1024
 # what slow disks are asked for at once, so that a stop takes effect within a second
 MIN_CHUNK_BYTES = 4 * 1024 * 1024
-SLOTS = 24
-MAX_THREADS = 16
+# how many chunks have their places in memory before the consumer gets to them
+DEPTH = 24
+SLOT_BYTES = 16 * 1024 * 1024
+# slots that are copied from while every thread has one
+_SPARE_SLOTS = 4
+# together they copy faster than a link takes it
+MAX_THREADS = 12
 # below os.preadv's limit of 1024 buffers
 _MAX_TENSORS = 256
 # waiting for a disk takes no core, so a few threads are worth more than cores
@@ -104,14 +116,25 @@ class Piece:
     end: int
 
 
+@dataclass(eq=False, slots=True)
+class Stretch:
+    """Bytes [begin, end) of a chunk, ``reached`` of which have been read; error: why that is not all of them."""
+
+    begin: int
+    end: int
+    reached: int = 0
+    error: Exception | None = None
+
+
 @dataclass(eq=False)
 class Chunk:
     """Bytes [begin, begin + size) of a file; size grows to ``limit``.
 
     parts: (landing, how many bytes), in order. pieces: where they go, in order, as long as possible. complete: (place in
-    the chunk, landing) of every tensor that ends here. reached: how many bytes were read. error: why it was not all of
-    them. copied: the event that its copies end with. These three are valid once the chunk is done. ready: the event after
-    which nothing reads any more what lay in the memory before.
+    the chunk, landing) of every tensor that ends here. stretches: what threads read of it, ``left`` of them are not over.
+    reached: how many bytes were read. error: why it was not all of them. copied: the event that its copies end with. These
+    three are valid once none is left. ready: the event after which nothing reads any more what lay in the memory
+    before; None when the copies wait for it already.
     """
 
     file: Checkpoint
@@ -122,11 +145,12 @@ class Chunk:
     pieces: list[Piece] = field(default_factory=list)
     complete: deque[tuple[int, Landing]] = field(default_factory=deque)
     size: int = 0
+    stretches: list[Stretch] = field(default_factory=list)
+    left: int = 0
     reached: int = 0
     error: CheckpointError | None = None
     copied: Any = None
     ready: Any = None
-    done: threading.Event = field(default_factory=threading.Event)
 
     @property
     def full(self) -> bool:
@@ -156,9 +180,34 @@ class Chunk:
         else:
             self.pieces.append(Piece(target, begin, begin + count))
 
-    def clear(self) -> None:
+    def split(self, size: int) -> list[Stretch]:
+        """Make its stretches, of so many bytes."""
+        ends = range(0, max(self.size, 1), size)
+        self.stretches = [Stretch(begin, min(begin + size, self.size)) for begin in ends]
+        self.left = len(self.stretches)
+        return self.stretches
+
+    def within(self, stretch: Stretch) -> Iterator[tuple[Any, int, int]]:
+        """The targets of a stretch's bytes, in order, as (target, begin, end) with places in the target."""
+        position = 0
+        for piece in self.pieces:
+            begin, end = max(stretch.begin - position, 0), stretch.end - position
+            position += piece.end - piece.begin
+            if begin < piece.end - piece.begin and end > begin:
+                yield piece.target, piece.begin + begin, min(piece.begin + end, piece.end)
+
+    def finish(self) -> None:
+        """Sum up its stretches, when none is left, and let go of what was needed to read them."""
+        for stretch in self.stretches:
+            self.reached += stretch.reached
+            if stretch.error is not None:
+                self.error = _failure(self, stretch.error)
+            if stretch.begin + stretch.reached < stretch.end:
+                break
+        # a landing is the consumer's alone from now on, and goes when the consumer drops it
         self.parts.clear()
         self.pieces.clear()
+        self.stretches.clear()
 
 
 # memory --------------------------------------------------------------------------------------------------------------
@@ -174,7 +223,7 @@ class Target:
         """Called first, in the thread of whoever consumes the tensors."""
 
     def enter_thread(self) -> None:
-        """Called first in every thread that copies."""
+        """Called first in every thread that makes slots."""
 
     def slot(self, size: int) -> PinnedMemory:
         """Host memory of at least that size that ``copy`` may be given."""
@@ -188,7 +237,7 @@ class Target:
     def give_back(self, slots: Sequence[PinnedMemory]) -> None:
         """Slots that nothing is copied from any more."""
         with _idle_lock:
-            room = max(SLOTS - len(_idle), 0)
+            room = max(MAX_THREADS + _SPARE_SLOTS - len(_idle), 0)
             _idle.extend(slots[:room])
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -202,7 +251,11 @@ class Target:
         return None
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any) -> Any:
-        """Copy (to, from) pairs after a mark; returns an event whose ``synchronize`` waits for that, or None when over."""
+        """Begin to copy (to, from) pairs, after a mark if one is given; in the consumer's thread.
+
+        Returns an event whose ``query`` tells whether these copies and all before them are over and whose ``synchronize``
+        waits for that, or None when they are.
+        """
         for to, source in pairs:
             to.copy_(source)
         return None
@@ -228,7 +281,6 @@ class CudaTarget(Target):
 
     def enter_thread(self) -> None:
         torch.cuda.set_device(self.device)
-        torch.cuda.set_stream(self._stream)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # memory that the copy stream may write to without waiting for the caller's
@@ -243,14 +295,19 @@ class CudaTarget(Target):
         # memory that the caller gave, or freed, may still be read by its stream
         return self._consumer.record_event()
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: torch.cuda.Event) -> torch.cuda.Event:
-        self._stream.wait_event(after)
-        for to, source in pairs:
-            to.copy_(source, non_blocking=True)
-        # blocking: a thread that waits for it sleeps
-        event = torch.cuda.Event(blocking=True)
-        event.record()
-        return event
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: torch.cuda.Event | None) -> torch.cuda.Event:
+        torch.cuda.set_stream(self._stream)
+        try:
+            if after is not None:
+                self._stream.wait_event(after)
+            for to, source in pairs:
+                to.copy_(source, non_blocking=True)
+            # blocking: a thread that waits for it sleeps
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+            return event
+        finally:
+            torch.cuda.set_stream(self._current)
 
     def hand_over(self, copied: torch.cuda.Event | None) -> None:
         if copied is not None:
@@ -343,7 +400,9 @@ def _failure(chunk: Chunk, error: Exception) -> CheckpointError:
         found, remedy = f"reading failed ({error.strerror or error}) at tensor {name}", "check the disk"
     else:
         found, remedy = f"the file was changed after its header was read (at tensor {name})", "load the model again"
-    return CheckpointError(f"{path}: {found}: {remedy}")
+    failure = CheckpointError(f"{path}: {found}: {remedy}")
+    failure.__cause__ = error
+    return failure
 
 
 # threads -------------------------------------------------------------------------------------------------------------
@@ -357,49 +416,57 @@ class Readers:
 
     def __init__(self, target: Target, stopped: Callable[[], bool], threads: int | None):
         self.chunk_bytes = min(MIN_CHUNK_BYTES, CHUNK_BYTES)
+        self.depth = DEPTH
         self._target = target
         self._stopped = stopped
         self._limit = max(1, threads or _default_threads())
-        self._slots = [_Slot() for _ in range(SLOTS)]
-        self._submitted = 0
-        self._jobs: SimpleQueue[tuple[Chunk, _Slot] | None] = SimpleQueue()
+        self._slots = [_Slot() for _ in range(self._limit + _SPARE_SLOTS)]
+        self._free: SimpleQueue[_Slot | None] = SimpleQueue()
+        for slot in self._slots:
+            self._free.put(slot)
+        self._jobs: SimpleQueue[tuple[Chunk, Stretch] | None] = SimpleQueue()
+        self._fetched: SimpleQueue[tuple[Chunk, Stretch, _Slot | None]] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._files = _Files()
         self._end = False
         self._error: BaseException | None = None
 
-    @property
-    def depth(self) -> int:
-        return len(self._slots)
-
     def submit(self, chunk: Chunk) -> None:
         chunk.ready = self._target.mark()
-        self._jobs.put((chunk, self._slots[self._submitted % len(self._slots)]))
-        self._submitted += 1
-        if len(self._threads) < self._limit:
-            # a daemon: a generator that nobody closes must not keep the program from ending
-            thread = threading.Thread(target=self._run, name=f"ltx2 reader {len(self._threads)}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        for stretch in chunk.split(SLOT_BYTES):
+            self._jobs.put((chunk, stretch))
+            if len(self._threads) < self._limit:
+                # a daemon: a generator that nobody closes must not keep the program from ending
+                thread = threading.Thread(target=self._run, name=f"ltx2 reader {len(self._threads)}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        with contextlib.suppress(Empty):
+            while True:
+                self._arrive(*self._fetched.get_nowait())
 
     def wait(self, chunk: Chunk) -> None:
         """Return when the chunk is done. Raises Interrupted, and what went wrong in a thread outside of its file."""
         while True:
-            done = chunk.done.wait(_POLL_SECONDS)
+            with contextlib.suppress(Empty):
+                while chunk.left:
+                    self._arrive(*self._fetched.get(timeout=_POLL_SECONDS))
             if self._error is not None:
                 raise self._error
             if self._over():
                 raise Interrupted("reading was stopped")
-            if done:
+            if not chunk.left:
                 return
 
     def close(self) -> None:
         """Stop; returns when no thread is left, and lets go of all memory."""
         self._end = True
         for _ in self._threads:
+            self._free.put(None)
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
+        # this object lives on in the traceback of an error: it lets go of chunks that nobody came to read
+        self._jobs, self._fetched = SimpleQueue(), SimpleQueue()
         self._error = None
         self._return_slots()
         self._files.close()
@@ -412,70 +479,84 @@ class Readers:
                 slot.event.synchronize()
         self._target.give_back([slot.memory for slot in used if slot.memory is not None])
         self._slots.clear()
+        self._free = SimpleQueue()
 
     def _over(self) -> bool:
         self._end = self._end or self._stopped()
         return self._end
 
+    def _arrive(self, chunk: Chunk, stretch: Stretch, slot: _Slot | None) -> None:
+        if slot is not None:
+            self._copy(chunk, stretch, slot)
+            self._free.put(slot)
+        chunk.left -= 1
+        if not chunk.left:
+            chunk.finish()
+
+    def _copy(self, chunk: Chunk, stretch: Stretch, slot: _Slot) -> None:
+        assert slot.memory is not None, "something was read into it"
+        memory, pairs, position = slot.memory.memory, [], 0
+        # copies need none of autograd's bookkeeping
+        with torch.inference_mode():
+            # what was not read is not copied
+            for target, begin, end in chunk.within(Stretch(stretch.begin, stretch.begin + stretch.reached)):
+                pairs.append((target[begin:end], memory[position : position + end - begin]))
+                position += end - begin
+            # copies run one after another: the event of the last is that of all
+            slot.event = chunk.copied = self._target.copy(pairs, chunk.ready)
+            chunk.ready = None
+
+    # in readers' threads
+
     def _run(self) -> None:
         try:
-            # copies need none of autograd's bookkeeping
-            with torch.inference_mode():
-                self._target.enter_thread()
-                while (job := self._jobs.get()) is not None and not self._over():
-                    self._fill(*job)
+            self._target.enter_thread()
+            # the slot comes first: the stretch that is needed next is always in the hands of a thread that has one
+            while (slot := self._free.get()) is not None and (job := self._jobs.get()) is not None:
+                if self._over():
+                    return
+                self._fill(*job, slot)
         except BaseException as error:
             self._error = error
 
-    def _fill(self, chunk: Chunk, slot: _Slot) -> None:
+    def _fill(self, chunk: Chunk, stretch: Stretch, slot: _Slot) -> None:
         if chunk.in_host_memory:
-            self._read(chunk, [piece.target[piece.begin : piece.end] for piece in chunk.pieces])
+            self._free.put(slot)
+            self._read(chunk, stretch, [target[begin:end] for target, begin, end in chunk.within(stretch)])
+            self._fetched.put((chunk, stretch, None))
         else:
-            memory = self._free(slot)
-            self._read(chunk, [memory.numpy().data[: chunk.size]])
-            slot.event = chunk.copied = self._copy(chunk, memory)
-        # a landing is the consumer's alone from now on, and goes when the consumer drops it
-        chunk.clear()
-        chunk.done.set()
+            memory = self._emptied(slot)
+            self._read(chunk, stretch, [memory.numpy().data[: stretch.end - stretch.begin]])
+            self._fetched.put((chunk, stretch, slot))
 
-    def _free(self, slot: _Slot) -> Tensor:
+    def _emptied(self, slot: _Slot) -> Tensor:
         """The slot's memory when nothing is copied from it any more."""
         if slot.memory is None:
-            slot.memory = self._target.slot(CHUNK_BYTES)
-        if slot.event is not None:
+            slot.memory = self._target.slot(SLOT_BYTES)
+        # asking does not end the thread's turn, waiting does
+        if slot.event is not None and not slot.event.query():
             slot.event.synchronize()
         return slot.memory.memory
 
-    def _read(self, chunk: Chunk, buffers: Sequence[memoryview]) -> None:
-        started = time.monotonic()
+    def _read(self, chunk: Chunk, stretch: Stretch, buffers: Sequence[memoryview]) -> None:
+        started, size = time.monotonic(), stretch.end - stretch.begin
         try:
             file = self._files.get(chunk.file)
-            while chunk.reached < chunk.size and not self._over():
-                count = _read_at(file, _from(buffers, chunk.reached), chunk.begin + chunk.reached)
+            while stretch.reached < size and not self._over():
+                place = chunk.begin + stretch.begin + stretch.reached
+                count = _read_at(file, _from(buffers, stretch.reached), place)
                 if not count:
                     raise EOFError
-                chunk.reached += count
+                stretch.reached += count
         except (OSError, EOFError, _Changed) as error:
-            chunk.error = _failure(chunk, error)
             # without its traceback, whose frames would hold the chunk and with it tensors
-            chunk.error.__cause__ = error.with_traceback(None)
-        self._adapt(time.monotonic() - started, chunk.size)
-
-    def _copy(self, chunk: Chunk, memory: Tensor) -> Any:
-        pairs, position = [], 0
-        for piece in chunk.pieces:
-            # what was not read is not copied
-            count = min(piece.end - piece.begin, chunk.reached - position)
-            if count <= 0:
-                break
-            pairs.append((piece.target[piece.begin : piece.begin + count], memory[position : position + count]))
-            position += count
-        return self._target.copy(pairs, chunk.ready)
+            stretch.error = error.with_traceback(None)
+        self._adapt(time.monotonic() - started, size)
 
     def _adapt(self, seconds: float, size: int) -> None:
         if seconds > _SLOW_SECONDS:
             self.chunk_bytes = max(min(MIN_CHUNK_BYTES, CHUNK_BYTES), self.chunk_bytes // 2)
-        elif seconds < _FAST_SECONDS and size >= self.chunk_bytes:
+        elif seconds < _FAST_SECONDS and size >= min(self.chunk_bytes, SLOT_BYTES):
             self.chunk_bytes = min(CHUNK_BYTES, self.chunk_bytes * 2)
 
 

@@ -278,7 +278,8 @@ class WeightStore:
                     task.needs.append(Request(change.file.checkpoint, info, (task, number, role), shared=True))
         if self._needs_base(task):
             for role, info in slot.source.weight.parts.items():
-                shared = info.size_bytes <= _SMALL_BYTES
+                # what is merged does not stay where it is read
+                shared = info.size_bytes <= _SMALL_BYTES or bool(task.goal.merged)
                 task.needs.append(Request(slot.source.file, info, (task, None, role), shared))
         task.parts = len(task.needs)
         return task
@@ -372,15 +373,25 @@ class WeightStore:
         if slot.quantized:
             return quantized(add(self._stored(task)["data"], parts))
         # streamed blocks lie in host memory, what changes them lands on the device
-        base = {role: part.to(self.device, non_blocking=True) for role, part in self._base(task).items()}
+        base = {
+            role: part if part.device == self.device else part.to(self.device, non_blocking=True)
+            for role, part in self._base(task).items()
+        }
         if not slot.packed:
             data = base["data"]
-            return {"data": add(data, parts, dtype=data.dtype)}
+            return {"data": add(data, parts, dtype=data.dtype, out=self._place(task, data))}
         unpacked = unpack(weight.format, base, weight.shape, torch.float32)
         merged = add_deltas(unpacked, parts)
         if weight.format in REPACKABLE:
             return repack(weight.format, merged, base, name=weight.name)
         return {"dense": merged.to(self.dtype)}
+
+    def _place(self, task: _Task, like: Tensor) -> Tensor | None:
+        """Where a weight that is read for the first time will stay, if a value like this one can be made there."""
+        room = task.slot.room("data") if task.slot.state is None else None
+        if room is None or (room.tensor.device, room.tensor.dtype) != (like.device, like.dtype):
+            return None
+        return room.tensor
 
     def _set_branches(self, task: _Task) -> None:
         slot, items = task.slot, task.changes.items

@@ -195,7 +195,13 @@ def _alike(make: Callable[[], nn.Module], count: int) -> Iterator[nn.Module]:
     yield first
     without_memory = all(parameter.is_meta for parameter in first.parameters())
     for _ in range(count - 1):
-        yield _shell_copy(first) if without_memory else make()
+        if without_memory:
+            # whoever builds without memory has every operation handled by Python, a copy's thousands of them too
+            with torch._C.DisableTorchFunction():
+                copy = _shell_copy(first)
+            yield copy
+        else:
+            yield make()
 
 
 def _shell_copy(module: nn.Module) -> nn.Module:

@@ -23,20 +23,27 @@ Part = tuple[LoraLayer, Mapping[str, Tensor], float]
 
 @torch.no_grad()
 def add_deltas(
-    weight: Tensor, parts: Sequence[Part], *, parity: str = "float32", dtype: torch.dtype = torch.float32
+    weight: Tensor,
+    parts: Sequence[Part],
+    *,
+    parity: str = "float32",
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """A parameter plus what each part changes in it, in ``dtype`` and memory of its own; ``weight`` stays as it is.
+    """A parameter plus what each part changes in it, in ``dtype``, and in ``out`` or memory of its own; ``weight`` stays as
+    it is.
 
     weight: a weight [out, in], a table, a norm's weight or a bias. parts: with the tensors that change this parameter
     (a value of ``LoraLayer.parameters``), on the same device. dtype: float32 for a caller that goes on computing; with
-    the weight's own the last pass over memory rounds. Never waits for the device. A DoRA replaces the magnitudes of the
+    the weight's own the last pass over memory rounds. out: of the weight's shape and ``dtype``. Never waits for the device. A DoRA replaces the magnitudes of the
     weight plus its own difference, whatever stands before it.
     Raises ValueError for an unknown parity and, with "ltx-core", for parts that ltx-core does not know.
     """
     if parity not in PARITIES:
         raise ValueError(f"parity {parity!r} is not known; choose {', '.join(PARITIES)}")
     if parity == "ltx-core":
-        return _as_ltx_core(weight, parts).to(dtype)
+        changed = _as_ltx_core(weight, parts)
+        return changed.to(dtype) if out is None else out.copy_(changed)
     total: Tensor | None = None
     for layer, tensors, strength in parts:
         if any(role in tensors for role in BIAS_ROLES):
@@ -46,9 +53,11 @@ def add_deltas(
         else:
             total = KINDS[layer.kind].add(total, weight, tensors, strength * layer.scale)
     if total is None:
-        return weight.to(dtype, copy=True)
+        return weight.to(dtype, copy=True) if out is None else out.copy_(weight)
+    if out is None:
+        out = total if dtype == torch.float32 else torch.empty_like(total, dtype=dtype)
     # computed in float32, whatever it is rounded to
-    return torch.add(total, weight, out=total if dtype == torch.float32 else torch.empty_like(total, dtype=dtype))
+    return torch.add(total, weight, out=out)
 
 
 def factors(layer: LoraLayer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:

@@ -13,7 +13,7 @@ from .errors import lora_error, shown
 Entry = tuple[Checkpoint, TensorInfo, Tensor]
 
 # tensors that are asked about together
-_GROUP = 16
+_GROUP = 64
 
 
 class FiniteCheck:
@@ -28,7 +28,7 @@ class FiniteCheck:
 
     def note(self, file: Checkpoint, read: Iterable[tuple[TensorInfo, Tensor]]) -> None:
         """Note tensors of a file; of most of them only a flag is kept."""
-        self._waiting += [(file, info, tensor.detach()) for info, tensor in read if tensor.numel()]
+        self._waiting += [(file, info, tensor) for info, tensor in read if tensor.numel()]
         if len(self._waiting) >= _GROUP:
             self._ask()
 

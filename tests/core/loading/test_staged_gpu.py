@@ -53,7 +53,8 @@ def small_ring(monkeypatch):
     """Chunks so small and few that every slot is used many times."""
     monkeypatch.setattr(ring, "CHUNK_BYTES", 1 << 16)
     monkeypatch.setattr(ring, "MIN_CHUNK_BYTES", 1 << 16)
-    monkeypatch.setattr(ring, "SLOTS", 3)
+    monkeypatch.setattr(ring, "DEPTH", 3)
+    monkeypatch.setattr(ring, "SLOT_BYTES", 3 << 14)
 
 
 def requests_of(header):
