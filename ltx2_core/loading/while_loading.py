@@ -11,6 +11,7 @@ import contextlib
 import gc
 import threading
 
+
 class _WhileLoading(contextlib.ContextDecorator):
     """Runs Python in that way while any thread is inside, for blocks (``with``) and functions (as a decorator).
 
