@@ -27,11 +27,11 @@ from .conditioning.latent import AVLatent
 from .conditioning.state import LatentState
 from .config.version import ModelVersion
 from .decoding import decode_video
-from .enhancing import enhance_prompt
+from .enhancing import WORK_BYTES, enhance_prompt
 from .evaluate import EVALUATIONS
 from .graphs import WORTH_CAPTURING, can_capture
 from .host import Progress, host
-from .job import DecodedClip, SampleJob, check_latents, planned_passes
+from .job import DecodedClip, SampleJob, check_latents, planned_passes, warn_of_guidance
 from .loading.lora.file import read_lora, reference_factors
 from .loading.while_loading import while_loading
 from .memory_plan import MemoryPlan, plan_memory
@@ -137,9 +137,16 @@ class LocalEngine:
             head = self._networks["text_head"].use(_TEXT_WORK_BYTES)
             return Context(head(states, mask).map(Tensor.cpu))
 
-    def enhance(self, request: EnhanceRequest) -> str:
-        """A fuller prompt, written by the text encoder. Raises EnhanceError, GemmaError or TokenizerError."""
-        return enhance_prompt(self.files, self._text_encoder, self._tokenizer, request, self.dtype)
+    def enhance(self, request: EnhanceRequest, write: Callable[..., str] = enhance_prompt) -> str:
+        """A fuller prompt, written by the text encoder. Raises EnhanceError, GemmaError or TokenizerError.
+
+        write: how, by this rank alone or by several (`enhancing_over_ranks.py`).
+        """
+        return write(self.files, self._text_encoder, self._tokenizer, request, self.dtype)
+
+    def hold_text_encoder(self) -> None:
+        """Have all of the text encoder on the device. Raises HostOutOfMemory where it does not fit."""
+        self._text_encoder.use(WORK_BYTES, streamed=0)
 
     def encode_native(self, conditioning: Any) -> Context:
         """Turn a native CONDITIONING of LTX audio-video text into a context; raw ones pass through the connectors.
@@ -160,6 +167,7 @@ class LocalEngine:
     def sample(self, job: SampleJob) -> AVLatent:
         """Sample a clip. Raises ValueError for a job that does not fit the model, before anything is loaded."""
         guidance, passes = job.effective_guidance, planned_passes(job, self.files)
+        warn_of_guidance(passes, self.files.spec.checkpoint.name)
         # host floats that the device represents exactly: the sampler's arithmetic is float32
         sigmas = tuple(float(np.float32(sigma)) for sigma in check_sigmas(job.sigmas))
         with torch.no_grad():

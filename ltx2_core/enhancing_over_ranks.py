@@ -22,8 +22,16 @@ from .parallel.helix_gemma import Split, share_model
 from .parallel.helix_topology import Decoder, Ranks, Topology
 from .parallel.helix_traffic import choose
 from .phases import phase
+from .text.encoder_files import TextEncoderFiles, build
 from .text.enhance import MAX_READ_TOKENS, EnhanceError, EnhanceRequest, check_writes, write, writer
 from .text.tokenizer import Tokenizer
+
+
+def topology_for(files: TextEncoderFiles, ranks: int, request: EnhanceRequest) -> Topology:
+    """``enhancing_topology`` from a text encoder's files. Raises EnhanceError for one that does not write."""
+    check_writes(files.config)
+    with torch.device("meta"):
+        return enhancing_topology(build(files), ranks, request)
 
 
 def enhancing_topology(text: Any, ranks: int, request: EnhanceRequest) -> Topology:

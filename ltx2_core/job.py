@@ -66,14 +66,18 @@ def planned_passes(job: SampleJob, files: ModelFiles) -> tuple[GuidancePass, ...
     """The passes of a job, which is checked. Raises ValueError for one that does not fit the model."""
     passes = plan_passes(job.effective_guidance, force_uncond=job.sampler.name in NEEDS_UNCOND)
     check_job(job, passes, files.config, files.version.label)
-    if len(passes) > 1 and "distilled" in files.spec.checkpoint.name.lower():
+    return passes
+
+
+def warn_of_guidance(passes: tuple[GuidancePass, ...], checkpoint: str) -> None:
+    """Say so where a distilled checkpoint is guided."""
+    if len(passes) > 1 and "distilled" in checkpoint.lower():
         _LOG.warning(
             "%s is a distilled checkpoint, made to run without guidance: %d passes a step take longer and over-saturate. "
             "Choose the guider's preset distilled.",
-            files.spec.checkpoint.name,
+            checkpoint,
             len(passes),
         )
-    return passes
 
 
 def check_job(job: SampleJob, passes: tuple[GuidancePass, ...], config: ModelConfig, label: str) -> None:

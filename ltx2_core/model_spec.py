@@ -159,9 +159,12 @@ def rank_devices(device: str, ranks: int, present: Sequence[str]) -> tuple[str, 
     if ranks == 1 or device == "cpu":
         return (device,) * ranks
     kind, _, index = device.partition(":")
-    of_kind = [one for one in present if one.partition(":")[0] == kind]
+    if kind != "cuda":
+        raise ValueError(
+            f"several devices make a clip together where they are cuda or cpu; {device} works alone: set gpus to 1"
+        )
     wanted = tuple(f"{kind}:{int(index or 0) + rank}" for rank in range(ranks))
-    missing = [one for one in wanted if one not in of_kind]
+    missing = [one for one in wanted if one not in present]
     if missing:
         raise ValueError(
             f"{ranks} GPUs from {device} on were asked for; {missing[0]} is not there. This machine has "

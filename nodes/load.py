@@ -190,7 +190,7 @@ def _spec(
     gpus=1,
     topology="auto",
 ):
-    return ModelSpec.of(
+    spec = ModelSpec.of(
         _resolved(_CHECKPOINT, checkpoint),
         host().resolve_text_encoder(text_encoder),
         dtype=dtype,
@@ -203,24 +203,22 @@ def _spec(
         ranks=gpus,
         topology=topology,
     )
+    # they are all there
+    rank_devices(spec.device, spec.ranks, host().compute_devices())
+    return spec
 
 
 def _device(device, gpus):
-    """The device, or the first of several; they are all there."""
+    """The device, or the first of several."""
+    if device != "auto" or gpus == 1:
+        return host().default_device() if device == "auto" else device
     present = host().compute_devices()
-    if device != "auto":
-        first = device
-    elif gpus == 1:
-        first = host().default_device()
-    else:
-        first = present[0]
-        if first == "cpu":
-            raise ValueError(
-                f"{gpus} GPUs were asked for; this machine has {', '.join(present)}: set gpus to 1, or device to cpu to have "
-                f"{gpus} processes share the CPU"
-            )
-    rank_devices(first, gpus, present)
-    return first
+    if present[0] == "cpu":
+        raise ValueError(
+            f"{gpus} GPUs were asked for; this machine has {', '.join(present)}: set gpus to 1, or device to cpu to have "
+            f"{gpus} processes share the CPU"
+        )
+    return present[0]
 
 
 def _listed(kinds):

@@ -28,6 +28,7 @@ from ..sampling.choice import SamplerChoice
 from ..sampling.guidance import StreamGuidance
 from ..shapes import ClipShape
 from ..text.context import Context
+from ..text.enhance import EnhanceRequest
 
 _CLASSES: Mapping[str, type[Any]] = {
     one.__name__: one
@@ -36,6 +37,7 @@ _CLASSES: Mapping[str, type[Any]] = {
         AVLatent,
         ClipShape,
         Context,
+        EnhanceRequest,
         LoraSpec,
         ModelSpec,
         PreviewSpec,

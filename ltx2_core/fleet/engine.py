@@ -25,6 +25,7 @@ from ..parallel.messages import Message
 from ..parallel.processes import Launch
 from ..parallel.worker_group import WorkerGroup
 from ..text.context import Context
+from ..text.enhance import EnhanceRequest
 from ..text.native import split_conditioning
 from .codec import from_json
 from .displays import Displays
@@ -110,7 +111,7 @@ class Fleet:
             with Displays() as displays:
                 answers = self.workers.group.run(request, watch=host().check_interrupt, on_progress=displays.show)
         except WorkerError as error:
-            if error.error == "ValueError":
+            if error.refused:
                 raise ValueError(error.reason) from error
             raise
         finally:
@@ -166,6 +167,10 @@ class FleetEngine:
         """Turn a native CONDITIONING into a context, on rank 0. Raises ConditioningError when it is of another model."""
         text = split_conditioning(conditioning, self.config.text)
         return self._value("encode_native", Context, parts=text.parts, mask=text.mask)
+
+    def enhance(self, request: EnhanceRequest) -> str:
+        """A fuller prompt, by rank 0 or by as many ranks as read the fewest bytes; as ``LocalEngine.enhance``."""
+        return self._value("enhance", str, request=request)
 
     def sample(self, job: SampleJob) -> AVLatent:
         """Sample a clip on all ranks. Raises ValueError for a job that does not fit the model."""

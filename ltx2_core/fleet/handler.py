@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from ..job import SampleJob
 from ..model_spec import ModelSpec
 from ..parallel.worker_process import Job, Result, Seat
 from ..preflight import open_files
+from ..text.enhance import EnhanceRequest
 from ..text.native import NativeText
 from .codec import to_json
 from .requests import FRAMES, unpack
@@ -79,6 +81,22 @@ class EngineJobs:
     def _encode(self, engine: LocalEngine, out: Mapping[str, Tensor], prompt: str) -> Result:
         return self._on_rank_0(lambda: engine.encode(prompt))
 
+    def _enhance(self, engine: LocalEngine, out: Mapping[str, Tensor], request: EnhanceRequest) -> Result:
+        from ..enhancing_over_ranks import enhance_prompt_over_ranks, topology_for
+
+        topology = topology_for(engine.files.text_encoder, self._team.size, request)
+        if topology.size == 1:
+            return self._on_rank_0(lambda: engine.enhance(request))
+        ranks = self._team.writers(topology)
+
+        def write() -> str | None:
+            return None if ranks is None else engine.enhance(request, partial(enhance_prompt_over_ranks, ranks=ranks))
+
+        # the room for the encoder is what one rank alone may lack
+        self._team.agree(lambda: None if ranks is None else engine.hold_text_encoder())
+        text = self._team.agree(write)
+        return _value(text) if self._team.rank == 0 else Result()
+
     def _encode_native(
         self, engine: LocalEngine, out: Mapping[str, Tensor], parts: AV[Tensor], mask: Tensor | None
     ) -> Result:
@@ -110,6 +128,7 @@ class EngineJobs:
 
     def _engine(self, spec: ModelSpec) -> LocalEngine:
         """The engine of a list of LoRAs; all of a fleet share one set of networks."""
+        self._host.check_interrupt()
         engine = self._engines.get(spec)
         if engine is None:
             base = self._base(spec)
@@ -145,7 +164,7 @@ def _digest(latent: AVLatent) -> str:
 
 
 def _log_as(rank: int) -> None:
-    """Rank 0 logs as the parent does, the others what goes wrong."""
+    """Rank 0 logs as the parent does, the others what nobody else can know."""
     level = int(os.environ.get(LOG_LEVEL, logging.WARNING))
     logging.basicConfig(format=f"rank {rank}: %(message)s")
-    logging.getLogger("ltx2").setLevel(level if rank == 0 else max(level, logging.WARNING))
+    logging.getLogger("ltx2").setLevel(level if rank == 0 else max(level, logging.ERROR))

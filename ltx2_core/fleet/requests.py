@@ -18,6 +18,7 @@ from ..model_spec import ModelSpec
 from ..parallel.messages import Message
 from ..parallel.placement import Placed, lay_out, total_bytes
 from ..parallel.shared_memory import Segment
+from ..text.enhance import EnhanceRequest
 from .codec import CodecError, from_json, to_json
 
 # what a job is called -> its arguments and their types
@@ -25,6 +26,7 @@ REQUESTS: Mapping[str, Mapping[str, Any]] = {
     "start": {},
     "encode": {"prompt": str},
     "encode_native": {"parts": AV[Tensor], "mask": Tensor | None},
+    "enhance": {"request": EnhanceRequest},
     "sample": {"job": SampleJob, "preview": PreviewSpec | None},
     "upscale": {"latent": AVLatent, "upsampler": Path},
     "decode": {"latent": AVLatent, "tiling": str},

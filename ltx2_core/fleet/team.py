@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..graphs import RunAhead
 from ..host import Interrupted
+from ..parallel import helix_collectives, helix_topology
 from ..parallel.bands import Bands, deal
 from ..parallel.collectives import Control, GroupNeighbours, connect, join, leave, neighbours
 from ..parallel.context import Collectives, ParallelContext
@@ -64,6 +65,7 @@ class Team(Ranks):
         self._board = Board(seat.group_folder / "gates", seat.size)
         self._neighbours: GroupNeighbours | None = None
         self._connected: dict[Topology, tuple[ParallelContext, PassGroups]] = {}
+        self._writers: dict[helix_topology.Topology, helix_topology.Ranks | None] = {}
         self._link_speed = LINK_SPEED
         if on_gpu:
             own = measured_link_speed(self._connect(Topology(1, seat.size))[0], device)
@@ -114,6 +116,12 @@ class Team(Ranks):
             self._neighbours = neighbours(self._device)
         with self._stopped_by_gates():
             yield Bands(self.rank, deal(rows, self.size), self._neighbours), gates.before_block
+
+    def writers(self, topology: helix_topology.Topology) -> helix_topology.Ranks | None:
+        """The ranks that write a prompt together; None where this one is none of them."""
+        if topology not in self._writers:
+            self._writers[topology] = helix_collectives.connect(topology, range(topology.size))
+        return self._writers[topology]
 
     def _gates(self, topology: Topology) -> Gates:
         job = self._job

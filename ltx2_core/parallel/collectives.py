@@ -79,14 +79,8 @@ def join(
     ``NCCL_SOCKET_IFNAME``).
     """
     # a store on the file of an earlier group would hand on its values
-    dist.init_process_group(
-        backend,
-        store=dist.FileStore(str(store), size),
-        rank=rank,
-        world_size=size,
-        timeout=timeout,
-        device_id=device,
-    )
+    fresh = dist.FileStore(str(store), size)
+    dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=timeout, device_id=device)
 
 
 def join_by_environment(backend: str, timeout: timedelta, device: torch.device | None) -> None:

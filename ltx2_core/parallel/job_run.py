@@ -18,12 +18,15 @@ OnProgress = Callable[[int, Message], None]
 
 
 class WorkerError(RuntimeError):
-    """A worker failed: which (``rank``), where (``stage``), and how (``reason``; ``error`` is an exception's class)."""
+    """A worker failed: which (``rank``), where (``stage``), and how (``reason``; ``error`` is an exception's class).
 
-    def __init__(self, rank: int, stage: str, reason: str, error: str = "") -> None:
+    refused: the job itself was wrong (the exception was a ValueError).
+    """
+
+    def __init__(self, rank: int, stage: str, reason: str, error: str = "", *, refused: bool = False) -> None:
         where = f" in stage {stage!r}" if stage else ""
         super().__init__(f"rank {rank} failed{where}: {error + ': ' if error else ''}{reason}")
-        self.rank, self.stage, self.reason, self.error = rank, stage, reason, error
+        self.rank, self.stage, self.reason, self.error, self.refused = rank, stage, reason, error, refused
 
 
 def no_progress(rank: int, message: Message) -> None:
@@ -140,7 +143,8 @@ class JobRun:
         """The error that the rank ``of`` answered with, or the first one that any rank did."""
         for rank, answer in self._answers.items():
             if answer.kind == "error" and of in (None, rank):
-                return WorkerError(rank, answer.stage, str(answer.body.get("text")), answer.name)
+                text, refused = str(answer.body.get("text")), answer.body.get("refused") is True
+                return WorkerError(rank, answer.stage, text, answer.name, refused=refused)
         return None
 
     def _lost(self, rank: int, reason: str) -> WorkerError:

@@ -170,7 +170,7 @@ def _answer_next(handler: Handler, inbox: Inbox) -> bool:
         return False
     job = Job(request, inbox)
     try:
-        job.check_interrupt()
+        # a stop that has come already is for the handler too: other ranks may have begun
         result = handler.run(job)
         job.tell("result", body=result.body, tensors=result.tensors, placed=result.placed)
     except ChannelClosed:
@@ -186,8 +186,10 @@ def _answer_next(handler: Handler, inbox: Inbox) -> bool:
 
 
 def _tell_error(job: Job, error: BaseException) -> None:
-    log.error("stage %r failed", job.stage, exc_info=error)
-    body = {**_text(error), "repeatable": isinstance(error, REPEATABLE), "agreed": job.agreed}
+    refused = isinstance(error, ValueError)
+    # the parent says what is wrong with a job
+    log.log(logging.DEBUG if refused else logging.ERROR, "stage %r failed", job.stage, exc_info=error)
+    body = {**_text(error), "repeatable": isinstance(error, REPEATABLE), "refused": refused, "agreed": job.agreed}
     job.tell("error", name=ascii(type(error).__name__)[1:-1][:MAX_LABEL], body=body)
 
 

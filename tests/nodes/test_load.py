@@ -155,6 +155,7 @@ def test_gpus_belong_to_the_model(models):
         (TWO_GPUS, {"gpus": 3}, "3 GPUs cannot share a clip: .*Choose 1, 2, 4, 8"),
         (TWO_GPUS, {"gpus": 4}, "4 GPUs from cuda:0 on .*cuda:2 is not there. This machine has cuda:0, cuda:1, cpu"),
         (TWO_GPUS, {"gpus": 2, "device": "cuda:1"}, "cuda:2 is not there"),
+        (("xpu:0", "xpu:1", "cpu"), {"gpus": 2}, "xpu:0 works alone: set gpus to 1"),
         (("cpu",), {"gpus": 2}, "this machine has cpu: set gpus to 1, or device to cpu"),
         (TWO_GPUS, {"gpus": 2, "topology": "2x2"}, "topology 2x2 is not one of 2 GPUs; choose auto, 1x2, 2x1"),
     ],

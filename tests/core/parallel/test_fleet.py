@@ -31,9 +31,10 @@ from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance
 from ltx2_engine.ltx2_core.shapes import ClipShape
 from ltx2_engine.ltx2_core.standalone import StandaloneHost
 from ltx2_engine.ltx2_core.testing import assert_close
+from ltx2_engine.ltx2_core.text.enhance import EnhanceRequest
 from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file, write_tiny_set
 
-from .observe import Sockets, alive, internet_sockets, wait_for
+from .observe import Sockets, after, alive, internet_sockets, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 CLIP = ClipShape(17, 96, 96, 24.0)
@@ -191,6 +192,22 @@ def works(engine, single):
     compare("the next job", engine.sample(job(single)), single[0].sample(job(single)))
 
 
+@pytest.mark.parametrize("topology", ["single", "tensor", "helix"])
+def test_a_fleet_enhances_a_prompt_as_one_process(recording, fleet, single, topology):
+    request = EnhanceRequest("a fox", seed=3, max_new_tokens=24, temperature=1.0, topology=topology)
+    assert fleet.enhance(request) == single[0].enhance(request)
+    context = fleet.encode("a bell rings")
+    assert all(map(torch.equal, context.features.present(), single[1].features.present())), "it still encodes"
+
+
+def test_a_prompt_that_cannot_be_enhanced_leaves_the_workers(recording, fleet, single):
+    fleet.encode("a bell rings")
+    before = pids(fleet)
+    with pytest.raises(ValueError, match=r"at most 4096 are read"):
+        fleet.enhance(EnhanceRequest("fox " * 5000, topology="tensor"))
+    assert pids(fleet) == before
+
+
 # clips ---------------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +231,17 @@ def test_a_fleet_encodes_samples_and_decodes_as_one_process(recording, fleet, si
     for label in labels:
         assert [value for known, value in recording.reports if known == label][-1] == "closed"
     assert any(picture is not None and picture.shape == (3, 3, 3) for picture in recording.pictures)
+
+
+def test_native_text_is_finished_as_in_one_process(recording, fleet, single):
+    one, positive, _ = single
+    finished = torch.cat([*positive.features.present()], dim=-1)
+    raw = torch.randn(1, 40, finished.shape[-1], generator=torch.Generator().manual_seed(0))
+    for conditioning in ([[finished, {}]], [[raw, {"unprocessed_ltxav_embeds": True}]]):
+        got, want = fleet.encode_native(conditioning), one.encode_native(conditioning)
+        assert all(map(torch.equal, got.features.present(), want.features.present()))
+    with pytest.raises(ValueError, match="wide"):
+        fleet.encode_native([[raw[..., 1:], {}]])
 
 
 def test_all_ranks_have_the_same_bits(recording, fleet, single):
@@ -315,6 +343,19 @@ def test_a_stop_of_a_decode_ends_it_in_all_bands(recording, fleet, single):
         fleet.decode(latent, "temporal")
     assert seen[-1] < 473
     recording.on_frames = lambda frames: None
+    works(fleet, single)
+    assert pids(fleet) == before
+
+
+def test_a_stop_that_is_there_before_a_rank_begins_leaves_the_workers(recording, fleet, single):
+    fleet.sample(job(single))
+    before = pids(fleet)
+    # rank 0 is in the job when rank 1 reads job and stop at once
+    os.kill(before[1], signal.SIGSTOP)
+    recording.interrupt()
+    after(0.5, lambda: os.kill(before[1], signal.SIGCONT))
+    with pytest.raises(Interrupted):
+        fleet.sample(job(single))
     works(fleet, single)
     assert pids(fleet) == before
 
