@@ -49,6 +49,9 @@ class Workers:
         self.label = f"{spec.ranks} workers of {spec.checkpoint.name}"
         level = logging.getLogger("ltx2").getEffectiveLevel()
         environment = {DEVICES: ",".join(self.devices), LOG_LEVEL: str(level)}
+        if spec.device == "cpu":
+            # all of them together have the cores that this process would have
+            environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // spec.ranks))
         self.group = WorkerGroup(Launch(spec.ranks, ENTRY, environment))
         self._held = [0] * spec.ranks
 
@@ -64,6 +67,8 @@ class Workers:
         self._held = [int(answer.body.get("held", 0)) for answer in answers]
 
     def bytes_on(self, device: str) -> int:
+        if not self.group.alive:
+            return 0
         return sum(held for own, held in zip(self.devices, self._held, strict=True) if own == device)
 
     def release(self, device: str, wanted: int | None) -> int:
@@ -71,16 +76,12 @@ class Workers:
         held = self.bytes_on(device)
         if not held or self.group.busy:
             return 0
-        self._end()
+        self.group.close()
         return held
 
     def close(self) -> None:
-        self._end()
-        host().retire(self)
-
-    def _end(self) -> None:
         self.group.close()
-        self._held = [0] * len(self.devices)
+        host().retire(self)
 
 
 class Fleet:

@@ -78,6 +78,11 @@ class WorkerGroup:
         """Whether a job runs."""
         return self._busy.locked()
 
+    @property
+    def alive(self) -> bool:
+        """Whether there are workers that can take a job."""
+        return self._processes is not None and self._processes.usable()
+
     def close(self, polite: bool = True) -> None:
         """End the workers; no process, thread or file is left when this returns. A later job starts fresh ones."""
         processes, self._processes = self._processes, None
@@ -96,8 +101,7 @@ class WorkerGroup:
             self._busy.release()
 
     def _check_generation(self, generation: int | None) -> None:
-        usable = self._processes is not None and self._processes.usable()
-        if generation is not None and not (usable and generation == self.generation):
+        if generation is not None and not (self.alive and generation == self.generation):
             raise StaleHandle(f"the workers of generation {generation} have ended, and what they held with them")
 
     def _ready_processes(self, watch: Watch) -> Processes:

@@ -430,6 +430,7 @@ def test_a_killed_rank_is_named_and_the_next_job_works(recording, fleet, single)
         fleet.sample(job(single, sigmas=LONG))
     assert time.monotonic() - killed[0] < 15
     assert not any(map(alive, before))
+    assert fleet._fleet.workers.bytes_on("cpu") == 0
     recording.on_step = lambda value: None
     works(fleet, single)
 
