@@ -30,7 +30,8 @@ from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.config.released import released_config
-from ltx2_engine.ltx2_core.engine import LocalEngine, ModelHandle, open_engine
+from ltx2_engine.ltx2_core.engine import LocalEngine
+from ltx2_engine.ltx2_core.handles import ModelHandle, open_engine
 from ltx2_engine.ltx2_core.host import use_host
 from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.model_spec import ModelSpec

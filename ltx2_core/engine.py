@@ -8,10 +8,10 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,21 +32,17 @@ from .evaluate import EVALUATIONS
 from .graphs import WORTH_CAPTURING, can_capture
 from .host import Progress, host
 from .job import DecodedClip, SampleJob, check_latents, planned_passes, warn_of_guidance
-from .loading.lora.file import read_lora, reference_factors
-from .loading.while_loading import while_loading
 from .memory_plan import MemoryPlan, plan_memory
 from .memory_sizes import Needs, Room
 from .model_files import ModelFiles
-from .model_spec import ModelSpec
 from .networks import FLOAT32_NETWORKS, NETWORKS
 from .parallel.groups import Topology
 from .parallel.topology import StageWork
 from .phases import phase
-from .preflight import open_files
 from .preview import Previewer
-from .ranks import ALONE, Ranks, Seat, ranks_of_process
+from .ranks import ALONE, Ranks, Seat
 from .sampling.denoise import Denoiser
-from .sampling.guidance import GuidancePass, StreamGuidance, evaluation_mode
+from .sampling.guidance import GuidancePass, evaluation_mode
 from .sampling.noise import SamplerNoise, noise_source, noised
 from .sampling.samplers import SAMPLERS, evaluations
 from .sampling.sigmas import check_sigmas
@@ -66,9 +62,6 @@ from .upsampler_files import check_fits, read_upsampler, upscaled
 from .vae import tiling
 from .vae.upsampler import upsample
 from .vae.video_decoder import VideoDecoder
-
-if TYPE_CHECKING:
-    from .fleet.engine import FleetEngine
 
 _LOG = logging.getLogger("ltx2.engine")
 
@@ -516,86 +509,3 @@ def _missing(*components: Component) -> int:
 def _close_all(components: tuple[Component, ...]) -> None:
     for component in components:
         component.close()
-
-
-_engines: weakref.WeakValueDictionary[ModelSpec, LocalEngine | FleetEngine] = weakref.WeakValueDictionary()
-
-
-@while_loading
-def open_engine(spec: ModelSpec) -> LocalEngine | FleetEngine:
-    """The engine of these files on these devices; the one that is already there, if any handle still holds it.
-
-    Engines of one model with different LoRAs share every network but the transformer. Raises ValueError for more devices
-    than there are.
-    """
-    engine = _engines.get(spec)
-    if engine is None:
-        if spec.ranks > 1 and ranks_of_process() is not ALONE:
-            raise ValueError(
-                f"torchrun has started one process for each GPU: choose 1 GPU in the model, not {spec.ranks}"
-            )
-        if spec.ranks > 1:
-            from .fleet.engine import FleetEngine
-
-            engine = FleetEngine(open_files(spec))
-        elif spec.loras:
-            base = open_engine(spec.base)
-            assert isinstance(base, LocalEngine), "an engine and its base have as many ranks"
-            engine = LocalEngine(replace(base.files, spec=spec), base)
-            engine.expect_loras()
-        else:
-            engine = LocalEngine(open_files(spec), ranks=ranks_of_process())
-        _engines[spec] = engine
-    return engine
-
-
-@dataclass(frozen=True)
-class ModelHandle:
-    """What an LTX2_MODEL link carries: a reference to an engine, no weights of its own."""
-
-    spec: ModelSpec
-    engine: LocalEngine | FleetEngine = field(repr=False, compare=False)
-
-    @property
-    def label(self) -> str:
-        return self.engine.files.version.label
-
-    def start(self) -> ModelHandle:
-        """Begin to read the model's files in the background; returns this handle."""
-        self.engine.start()
-        return self
-
-    def with_lora(
-        self, path: Path, strength: float, *, video: float = 1.0, audio: float = 1.0, parity: str = "float32"
-    ) -> ModelHandle:
-        """A handle of this model with one LoRA more; this one stays as it is.
-
-        video, audio: factors of the strength in each stream. parity: as in ``LoraSpec``. Raises as ``read_lora`` and
-        ``match`` do.
-        """
-        spec = self.spec.with_lora(path, strength, video=video, audio=audio, parity=parity)
-        return ModelHandle(spec, open_engine(spec))
-
-    def lora_report(self) -> str:
-        """What the model's LoRAs change, and what in their files is not used."""
-        return str(self.engine.lora_report or "no LoRA")
-
-    def reference_factors(self) -> tuple[int, int]:
-        """How much smaller and how much sparser reference videos are, as the LoRAs' files say; 1 and 1 without."""
-        return reference_factors([read_lora(one.path) for one in self.spec.loras])
-
-    def __str__(self) -> str:
-        loras = "".join(f", {one.path.name} {one.strength:g}" for one in self.spec.loras)
-        devices = f"{self.spec.ranks} x {self.spec.device}" if self.spec.ranks > 1 else self.spec.device
-        return f"LTX-{self.label} ({self.spec.checkpoint.name}{loras}, {self.spec.dtype}, {devices})"
-
-
-@dataclass(frozen=True)
-class Guider:
-    """What an LTX2_GUIDER link carries: a model, its prompts, how strongly to guide and how passes are evaluated."""
-
-    model: ModelHandle
-    positive: Context
-    negative: Context | None
-    guidance: AV[StreamGuidance]
-    evaluation: str = "auto"

@@ -116,7 +116,7 @@ class LTX2Guider:
         audio_skip_step=0,
     ):
         from ..ltx2_core.av import AV
-        from ..ltx2_core.engine import Guider
+        from ..ltx2_core.handles import Guider
         from ..ltx2_core.sampling.guidance import StreamGuidance
 
         blocks = parse_blocks(stg_blocks)

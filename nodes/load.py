@@ -158,7 +158,7 @@ class LTX2LoadModel:
         gpus=1,
         topology="auto",
     ):
-        from ..ltx2_core.engine import ModelHandle, open_engine
+        from ..ltx2_core.handles import ModelHandle, open_engine
 
         spec = _spec(
             checkpoint,

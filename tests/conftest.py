@@ -68,7 +68,7 @@ def tiny_models(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_models):
     """A function from a version to the float32 CPU engine of its tiny checkpoint."""
-    from ltx2_engine.ltx2_core.engine import open_engine
+    from ltx2_engine.ltx2_core.handles import open_engine
     from ltx2_engine.ltx2_core.model_spec import ModelSpec
     from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file
 

@@ -15,7 +15,8 @@ from ltx2_engine.ltx2_core import engine as engine_module
 from ltx2_engine.ltx2_core import tiny
 from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
-from ltx2_engine.ltx2_core.engine import LocalEngine, open_engine
+from ltx2_engine.ltx2_core.engine import LocalEngine
+from ltx2_engine.ltx2_core.handles import open_engine
 from ltx2_engine.ltx2_core.host import HostOutOfMemory, Interrupted, use_host
 from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.loading import ring

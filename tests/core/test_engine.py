@@ -11,8 +11,8 @@ from ltx2_engine.ltx2_core.condition_encoders import ModelEncoders
 from ltx2_engine.ltx2_core.conditioning.image import ImageCondition
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
 from ltx2_engine.ltx2_core.conditioning.native import from_native
-from ltx2_engine.ltx2_core.engine import open_engine
 from ltx2_engine.ltx2_core.evaluate import batched_evaluate, split_evaluate
+from ltx2_engine.ltx2_core.handles import open_engine
 from ltx2_engine.ltx2_core.host import Interrupted, use_host
 from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.model_spec import ModelSpec

@@ -7,7 +7,7 @@ import torch
 from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning.image import ImageCondition
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
-from ltx2_engine.ltx2_core.engine import open_engine
+from ltx2_engine.ltx2_core.handles import open_engine
 from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.sampling import samplers
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance

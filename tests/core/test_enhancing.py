@@ -7,7 +7,7 @@ import pytest
 import torch
 from ltx2_engine.ltx2_core import enhancing
 from ltx2_engine.ltx2_core.component import Component
-from ltx2_engine.ltx2_core.engine import ModelHandle, open_engine
+from ltx2_engine.ltx2_core.handles import ModelHandle, open_engine
 from ltx2_engine.ltx2_core.host import Interrupted, use_host
 from ltx2_engine.ltx2_core.model_spec import ModelSpec
 from ltx2_engine.ltx2_core.standalone import StandaloneHost

@@ -11,8 +11,9 @@ from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.components import unpack_bytes
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
 from ltx2_engine.ltx2_core.config.numerics import in_eight_bits
-from ltx2_engine.ltx2_core.engine import LocalEngine, open_engine
+from ltx2_engine.ltx2_core.engine import LocalEngine
 from ltx2_engine.ltx2_core.evaluate import split_evaluate
+from ltx2_engine.ltx2_core.handles import open_engine
 from ltx2_engine.ltx2_core.model_spec import ModelSpec
 from ltx2_engine.ltx2_core.preflight import open_files
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes

@@ -13,7 +13,7 @@ from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
 from ltx2_engine.ltx2_core.conditioning.pixels import clip_pixels
 from ltx2_engine.ltx2_core.conditioning.retake import retake
 from ltx2_engine.ltx2_core.config.fields import ConfigError
-from ltx2_engine.ltx2_core.engine import ModelHandle
+from ltx2_engine.ltx2_core.handles import ModelHandle
 from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.loading.write import write_checkpoint
 from ltx2_engine.ltx2_core.presets import DISTILLED_STAGE_2_SIGMAS, SAMPLERS

@@ -1,7 +1,7 @@
 """LTX-2 Load LoRA: what its inputs make of the model, what it reports, and when it runs again."""
 
 import pytest
-from ltx2_engine.ltx2_core.engine import ModelHandle
+from ltx2_engine.ltx2_core.handles import ModelHandle
 from ltx2_engine.ltx2_core.host import use_host
 from ltx2_engine.ltx2_core.loading.lora.strength import Strength
 from ltx2_engine.ltx2_core.paths import PathError

@@ -7,7 +7,8 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from ltx2_engine.ltx2_core.engine import LocalEngine, ModelHandle, open_engine
+from ltx2_engine.ltx2_core.engine import LocalEngine
+from ltx2_engine.ltx2_core.handles import ModelHandle, open_engine
 from ltx2_engine.ltx2_core.loading.checkpoint import CheckpointError
 
 from .shared import AB, PLAIN, POLICIES, A, cut, encoded, places, running, sampled, transformer_of, until, weights

@@ -5,7 +5,7 @@ import random
 import pytest
 from ltx2_engine.ltx2_core import component as component_module
 from ltx2_engine.ltx2_core.component import Component
-from ltx2_engine.ltx2_core.engine import ModelHandle, open_engine
+from ltx2_engine.ltx2_core.handles import ModelHandle, open_engine
 from ltx2_engine.ltx2_core.host import Interrupted, use_host
 from ltx2_engine.ltx2_core.loading import store as store_module
 from ltx2_engine.ltx2_core.standalone import StandaloneHost

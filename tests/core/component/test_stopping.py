@@ -7,7 +7,7 @@ import time
 import weakref
 
 import pytest
-from ltx2_engine.ltx2_core.engine import open_engine
+from ltx2_engine.ltx2_core.handles import open_engine
 from ltx2_engine.ltx2_core.host import Interrupted, host, use_host
 from ltx2_engine.ltx2_core.loading.checkpoint import CheckpointError
 from ltx2_engine.ltx2_core.standalone import StandaloneHost

@@ -19,8 +19,8 @@ from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning.image import ImageCondition
 from ltx2_engine.ltx2_core.conditioning.keyframe import KeyframeCondition
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
-from ltx2_engine.ltx2_core.engine import ModelHandle, open_engine
 from ltx2_engine.ltx2_core.fleet import engine as fleet_engine
+from ltx2_engine.ltx2_core.handles import ModelHandle, open_engine
 from ltx2_engine.ltx2_core.host import Interrupted, PreviewSpec, use_host
 from ltx2_engine.ltx2_core.job import SampleJob
 from ltx2_engine.ltx2_core.model_spec import ModelSpec
@@ -475,7 +475,7 @@ PARENT = f"""
     package.__path__ = [{str(ROOT)!r}]
     sys.modules["ltx2_engine"] = package
     from pathlib import Path
-    from ltx2_engine.ltx2_core.engine import open_engine
+    from ltx2_engine.ltx2_core.handles import open_engine
     from ltx2_engine.ltx2_core.model_spec import ModelSpec
 
     spec = ModelSpec.of(Path(sys.argv[1]), Path(sys.argv[2]), dtype="float32", device="cpu", ranks=2)

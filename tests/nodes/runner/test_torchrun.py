@@ -183,7 +183,7 @@ def test_machines_have_as_many_ranks_each():
 
 
 def test_a_model_on_several_gpus_and_torchrun_exclude_each_other(tiny_models):
-    from ltx2_engine.ltx2_core.engine import open_engine
+    from ltx2_engine.ltx2_core.handles import open_engine
     from ltx2_engine.ltx2_core.model_spec import ModelSpec
     from ltx2_engine.ltx2_core.ranks import use_ranks
 
