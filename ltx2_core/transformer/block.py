@@ -61,6 +61,9 @@ class _Read:
 
 # by the identity of the pair of states
 Texts = dict[int, AV[KeysValues]]
+# Of one stream: its tokens behind self attention, and what they read of the prompt, which is still to be added. Empty until
+# the first of the passes that share them has computed them.
+Attended = list[tuple[Tensor, Tensor]]
 
 
 class FeedForward(nn.Module):
@@ -162,19 +165,30 @@ class StreamBlock(nn.Module):
         keep: Keep,
         ways: Sequence[Way],
         quantize: bool,
+        attended: Attended | None = None,
     ) -> tuple[Tensor, tuple[Tokens, ...]]:
         """Self and text attention of tokens x [B, T, C]; also the result normalised and modulated in these ways."""
+        if attended:
+            x, h = attended[0]
+        else:
+            x, h = self._attend(x, state, modulation, text, keep)
+            if attended is not None:
+                attended.append((x, h))
+        gate = modulation.row(TEXT_ROWS[2]) if self.prompt_scale_shift_table is not None else None
+        return self.add(x, h, gate, ways=ways, quantize=quantize)
+
+    def _attend(
+        self, x: Tensor, state: StreamState, modulation: Modulation, text: KeysValues, keep: Keep
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens behind self attention, and what they read of the prompt."""
         inputs = state.inputs
-        text_is_modulated = self.prompt_scale_shift_table is not None
         # tokens and branches by turns, in one name: each goes when the next is there
         h: Any
         _, (h,) = self.add(x, ways=[_way(modulation, SELF_ROWS)], quantize=self.attn1.reads_rows)
         h = self.attn1.attend_self(h, inputs.rotary, bias=inputs.attention_bias, keep=keep, split=inputs.split)
-        into_text = _way(modulation, TEXT_ROWS) if text_is_modulated else None
+        into_text = _way(modulation, TEXT_ROWS) if self.prompt_scale_shift_table is not None else None
         x, (h,) = self.add(x, h, modulation.row(SELF_ROWS[2]), ways=[into_text], quantize=self.attn2.reads_rows)
-        h = self.attn2.attend_to(text, h, bias=inputs.context_bias)
-        gate = modulation.row(TEXT_ROWS[2]) if text_is_modulated else None
-        return self.add(x, h, gate, ways=ways, quantize=quantize)
+        return x, self.attn2.attend_to(text, h, bias=inputs.context_bias)
 
     def receive(
         self, x: Tensor, query: Tokens, given: KeysValues, own: StreamState, keep: Keep, way: Way
@@ -229,11 +243,12 @@ class AVBlock(nn.Module):
         keep: BlockKeep,
         texts: Texts | None = None,
         lanes: Lanes = ONE_LANE,
+        attended: AV[Attended] | None = None,
     ) -> AV[Tensor]:
         """x: tokens of each stream, [B, T, C]. An absent stream is skipped together with both cross attentions.
 
         texts: what this block has read of prompts, for states that come again; it is added to. lanes: where the streams
-        compute.
+        compute. attended: shared by calls that differ in nothing before audio-video attention.
         """
         halves, texts = self.halves, {} if texts is None else texts
         if id(state) not in texts:
@@ -257,6 +272,7 @@ class AVBlock(nn.Module):
             keep.self_attn,
             receives,
             receives.swap(),
+            AV() if attended is None else attended,
         )
         lanes.meet()
         received = lanes.map(self._receive, read, read.swap(), halves, state, modulation, keep.cross)
@@ -284,6 +300,7 @@ class AVBlock(nn.Module):
         keep: Keep,
         receives: bool,
         gives: bool,
+        attended: Attended | None,
     ) -> _Read:
         ways = {}
         cross = half.cross_modulation(state) if receives or gives else None
@@ -298,7 +315,9 @@ class AVBlock(nn.Module):
         else:
             if not receives:
                 ways["hidden"] = _way(modulation, FF_ROWS)
-            x, modulated = half.attend_self_and_text(x, state, modulation, text, keep, list(ways.values()), quantize)
+            x, modulated = half.attend_self_and_text(
+                x, state, modulation, text, keep, list(ways.values()), quantize, attended
+            )
         read: dict[str, Any] = dict(zip(ways, modulated, strict=True))
         del modulated
         if gives:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..av import AV
 from ..config.numerics import NUMERICS
 from ..config.transformer import StreamConfig, TransformerConfig
-from .block import AVBlock, StreamState, Texts
+from .block import Attended, AVBlock, StreamState, Texts
 from .inputs import BlockKeep, Pass, Perturbation, StreamInput, plan_keeps
 from .lanes import ONE_LANE, Lanes
 from .rope import CrossRotary, Rotary, rotary_table
@@ -112,9 +112,9 @@ class Transformer(nn.Module):
             at_block = [plan[number] for plan in keeps]
             texts: Texts = {}
             walks = [
-                (part, self._step(block, walk, at_block[part[0]], texts, on_block, lanes))
+                (part, self._step(block, walk, at_block[part[0]], texts, on_block, lanes, attended))
                 for members, walk in walks
-                for part in _by_key(members, at_block.__getitem__)
+                for part, attended in _shared([at_block[index] for index in members], members)
             ]
         lanes.join()
         results = {index: self._finish(walk) for members, walk in walks for index in members}
@@ -145,13 +145,14 @@ class Transformer(nn.Module):
         texts: Texts,
         on_block: Callable[[], None] | None,
         lanes: Lanes = ONE_LANE,
+        attended: AV[Attended] | None = None,
     ) -> _Walk:
         if on_block is not None:
             on_block()
         if block._compiled_call_impl is not None:
-            # compiled as one piece: other lanes would be compiled again, in the middle of a capture
-            lanes = ONE_LANE
-        return replace(walk, x=block(walk.x, walk.state, keep, texts, lanes))
+            # compiled as one piece: anything else would be compiled again, in the middle of a capture
+            lanes, attended = ONE_LANE, None
+        return replace(walk, x=block(walk.x, walk.state, keep, texts, lanes, attended))
 
     def _finish(self, walk: _Walk) -> AV[Tensor]:
         return walk.x.map(
@@ -220,6 +221,16 @@ def _shell_copy(module: nn.Module) -> nn.Module:
 def _kind(inputs: AV[StreamInput]) -> tuple[torch.device, torch.dtype]:
     first = next(inputs.present()).latent
     return first.device, first.dtype
+
+
+def _shared(keeps: Sequence[BlockKeep], members: Sequence[int]) -> Iterator[tuple[list[int], AV[Attended] | None]]:
+    """The members that one block computes alike, and for those that part in audio-video attention what comes before it."""
+    keep_of = dict(zip(members, keeps, strict=True))
+    for alike in _by_key(members, lambda index: keep_of[index].self_attn):
+        parts = _by_key(alike, keep_of.__getitem__)
+        attended: AV[Attended] | None = AV([], []) if len(parts) > 1 else None
+        for part in parts:
+            yield part, attended
 
 
 def _by_key(members: Iterable[int], key: Callable[[int], Hashable]) -> list[list[int]]:
