@@ -144,12 +144,17 @@ def _in_one_piece(run: list[Request], size: int, target: Target) -> Iterator[Lan
         in_host_memory = target.is_host_memory(piece)
         memory = piece.numpy().data if in_host_memory else piece
         offset = 0
-        dtypes = {request.info.torch_dtype for request in run}
-        typed = {dtype: piece[: size - size % dtype.itemsize].view(dtype) for dtype in dtypes}
+        typed = {dtype: _typed(piece, size, dtype) for dtype in {request.info.torch_dtype for request in run}}
         for request in run:
             info = request.info
             yield Landing(request, view(typed[info.torch_dtype], info.torch_shape, offset), memory, offset)
             offset += info.size_bytes
+
+
+def _typed(piece: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """As much of flat bytes as numbers of a type fill."""
+    left_over = size % dtype.itemsize
+    return (piece[:-left_over] if left_over else piece).view(dtype)
 
 
 def _landing(request: Request, given: Tensor | Room | None, target: Target) -> Landing:

@@ -257,7 +257,7 @@ class WeightStore:
             task, number, role = request.tag
             task.landed[number, role] = tensor
             if number is not None:
-                self._check.note(request.file, [(request.info, tensor)])
+                self._check.note(request.file, request.info, tensor)
             if len(task.landed) == task.parts:
                 self._arrive(task)
 

@@ -26,11 +26,12 @@ class FiniteCheck:
         self._waiting: list[Entry] = []
         self._noted: list[Entry] = []
 
-    def note(self, file: Checkpoint, read: Iterable[tuple[TensorInfo, Tensor]]) -> None:
-        """Note tensors of a file; of most of them only a flag is kept."""
-        self._waiting += [(file, info, tensor) for info, tensor in read if tensor.numel()]
-        if len(self._waiting) >= _GROUP:
-            self._ask()
+    def note(self, file: Checkpoint, info: TensorInfo, tensor: Tensor) -> None:
+        """Note a tensor of a file; of most of them only a flag is kept."""
+        if info.size_bytes:
+            self._waiting.append((file, info, tensor))
+            if len(self._waiting) >= _GROUP:
+                self._ask()
 
     def _ask(self) -> None:
         waiting, self._waiting = self._waiting, []
