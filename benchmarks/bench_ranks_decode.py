@@ -13,22 +13,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import pack  # noqa: F401
-import torch
 from ltx2_engine.ltx2_core.parallel.shared_memory import Segment
-from ltx2_engine.ltx2_core.parallel.worker_environment import worker_environment
 from ltx2_engine.ltx2_core.testing import cosine, relative_error
+from ranks import gpus, run_ranks, sizes_here
 from ranks_decode import Job, frames_place
 from report import Row, write
 from shapes import LARGE, Shape
@@ -43,8 +36,6 @@ BARS = {2: ">= 1.7", 4: ">= 3.0"}
 TOLERANCE = 1e-5
 # of pixels from -1 to 1 in bfloat16, where it may be another algorithm
 LEAST_COSINE = 0.9999
-PATIENCE_SECONDS = 900
-_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -87,67 +78,31 @@ class Clips:
 
 def visit(size: int, job: Job, clips: Clips) -> Visit:
     """Have so many ranks decode both clips. Raises SystemExit when one fails."""
-    descriptors = [clips.check.descriptor, clips.measured.descriptor]
     clips.clear()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
-        command = [sys.executable, str(HERE / "ranks_decode.py"), name, *map(str, descriptors)]
-        running = [
-            subprocess.Popen(command, env=worker_environment(os.environ, {}, rank, size, folder), pass_fds=descriptors)
-            for rank in range(size)
-        ]
-        try:
-            _wait(running)
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
-        answers = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(size)]
+    answers = run_ranks("ranks_decode.py", size, job, [clips.check.descriptor, clips.measured.descriptor])
     times = {where: [answer["times"][where] for answer in answers] for where in answers[0]["times"]}
     found = Visit(size, times, max(answer["peak"] for answer in answers), answers[0]["plan"])
-    print(
-        f"{_ranks(size)}: {found.slowest('device'):.1f} ms, {found.slowest('host'):.1f} ms to the host ({found.plan})"
-    )
+    print(f"{gpus(size)}: {found.slowest('device'):.1f} ms, {found.slowest('host'):.1f} ms to the host ({found.plan})")
     return found
-
-
-def _wait(running: list[subprocess.Popen]) -> None:
-    """Until all have ended; where one fails, the others wait for it."""
-    gives_up = time.monotonic() + PATIENCE_SECONDS
-    while any(process.poll() is None for process in running):
-        if any(process.poll() for process in running) or time.monotonic() > gives_up:
-            break
-        time.sleep(_POLL_SECONDS)
-    ended = [process.poll() for process in running]
-    for rank, code in enumerate(ended):
-        if code:
-            raise SystemExit(f"rank {rank} of {len(running)} failed ({code})")
-    if None in ended:
-        raise SystemExit(f"rank {ended.index(None)} of {len(running)} took more than {PATIENCE_SECONDS} s")
-
-
-def _ranks(size: int) -> str:
-    return "1 GPU" if size == 1 else f"{size} GPUs"
 
 
 def same(size: int, job: Job, got: Clips, want: Clips) -> Iterator[Row]:
     """Rows of the comparison with one rank. Raises WrongResult."""
     (check, frames), (whole_check, whole) = got.frames(), want.frames()
-    refuse_unless_finite(f"{_ranks(size)}: {job.check}", check)
+    refuse_unless_finite(f"{gpus(size)}: {job.check}", check)
     error = relative_error(check, whole_check)
-    row = Row(f"{job.check}, float32: {_ranks(size)} to one, relative difference", error, "1", f"<= {TOLERANCE}")
+    row = Row(f"{job.check}, float32: {gpus(size)} to one, relative difference", error, "1", f"<= {TOLERANCE}")
     if not error <= TOLERANCE:
         raise WrongResult(f"{row.id}: {error:.2e}, allowed {TOLERANCE:.0e}: no figures")
     yield row
-    refuse_unless_finite(f"{_ranks(size)}: {job.shape}", frames)
+    refuse_unless_finite(f"{gpus(size)}: {job.shape}", frames)
     # a frame at a time: in float64 a whole clip takes gigabytes
     alike = lowest([cosine(2 * a - 1, 2 * b - 1) for a, b in zip(frames[0], whole[0], strict=True)])
     if not alike >= LEAST_COSINE:
         raise WrongResult(
-            f"{job.shape}: {_ranks(size)} to one: cosine is {alike:.6f}, at least {LEAST_COSINE}: no figures"
+            f"{job.shape}: {gpus(size)} to one: cosine is {alike:.6f}, at least {LEAST_COSINE}: no figures"
         )
-    yield Row(f"{job.shape}: {_ranks(size)} to one, cosine, worst frame", alike, "1", f">= {LEAST_COSINE}")
+    yield Row(f"{job.shape}: {gpus(size)} to one, cosine, worst frame", alike, "1", f">= {LEAST_COSINE}")
 
 
 def refuse_unless_finite(what: str, frames: Tensor) -> None:
@@ -158,14 +113,14 @@ def refuse_unless_finite(what: str, frames: Tensor) -> None:
 def rows_of(job: Job, visits: list[Visit]) -> Iterator[Row]:
     one = visits[0]
     for visited in visits:
-        who = f"{job.shape}: {_ranks(visited.size)}"
+        who = f"{job.shape}: {gpus(visited.size)}"
         for where in visited.times:
             yield Row(f"{who}, to the {where}: time", visited.slowest(where), "ms")
         yield Row(f"{who}: peak memory of a rank", visited.peak / GIB, "GiB")
     for visited in visits[1:]:
         for where in visited.times:
             ratio = one.slowest(where) / visited.slowest(where)
-            what = f"{job.shape}: one GPU / {_ranks(visited.size)}, to the {where}: time"
+            what = f"{job.shape}: one GPU / {gpus(visited.size)}, to the {where}: time"
             yield Row(what, ratio, "1", BARS.get(visited.size, ""))
 
 
@@ -183,12 +138,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     job = Job(str(options.shape), str(Shape(192, 256, 49)), options.repeats, options.free, False, options.chunk)
     if options.tiny:
         job = Job(str(Shape(160, 64, 17)), str(Shape(96, 64, 17)), 1, options.free, True, options.chunk)
-    sizes = [1, *sorted({size for size in options.sizes if size > 1})]
-    # on the CPU any number
-    there = torch.cuda.device_count() or max(sizes)
-    if there < max(sizes):
-        print(f"there are {_ranks(there)} only: measured without more")
-        sizes = [size for size in sizes if size <= there]
+    sizes = sizes_here(options.sizes)
     rows = []
     with Clips.reserved(job) as whole, Clips.reserved(job) as bands:
         visits = [visit(1, job, whole)]

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "profile": ("bench_step.py", "--profile"),
     "kernels": ("bench_kernels.py",),
     "decode": ("bench_decode.py",),
+    "ranks": ("bench_ranks.py",),
     "ranks_decode": ("bench_ranks_decode.py",),
     "generate": ("bench_generate.py",),
     "generate_guided": ("bench_generate.py", "--flow", "guided"),
@@ -39,7 +40,7 @@ BENCHMARKS = {
 # how a benchmark is asked for a trial that takes seconds; the others have none
 TRIALS = {"bench_stream.py": "--small", "bench_load_diffusers.py": "--tiny"}
 TRIALS |= dict.fromkeys(
-    ("bench_step.py", "bench_kernels.py", "bench_decode.py", "bench_ranks_decode.py", "bench_enhance.py"), "--tiny"
+    (f"bench_{name}.py" for name in ("step", "kernels", "decode", "ranks", "ranks_decode", "enhance")), "--tiny"
 )
 
 

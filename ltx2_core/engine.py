@@ -183,7 +183,7 @@ class LocalEngine:
                     self._on_device(job.positive),
                     None if job.negative is None else self._on_device(job.negative),
                     seat.check,
-                    graphed=self._worth_graphs(plan, evaluations(job.sampler.name, sigmas), seat),
+                    graphed=self._worth_graphs(plan, evaluations(job.sampler.name, sigmas)),
                     parallel=seat.parallel,
                     groups=seat.groups,
                 )
@@ -395,10 +395,9 @@ class LocalEngine:
             return contextlib.nullcontext()
         return compiled(model.blocks)
 
-    def _worth_graphs(self, plan: MemoryPlan | None, evaluations: int, seat: Seat) -> bool:
-        """Whether that many evaluations are captured: blocks that are streamed change their place, and no exchange is."""
-        wanted = _resident(plan) and evaluations >= WORTH_CAPTURING and seat.parallel.size == 1
-        return wanted and can_capture(self.device)
+    def _worth_graphs(self, plan: MemoryPlan | None, evaluations: int) -> bool:
+        """Whether that many evaluations are captured: blocks that are streamed change their place."""
+        return _resident(plan) and evaluations >= WORTH_CAPTURING and can_capture(self.device)
 
     def _decode_plan(self, clip: ClipShape, free: int) -> tiling.TilePlan:
         shape = (1, self.config.video_vae.latent_channels, *clip.grid)

@@ -64,7 +64,7 @@ def batched_evaluate(
         chunks = velocity.map(lambda v: v.chunk(len(passes)))
         return [chunks.map(lambda parts, index=index: parts[index]) for index in range(len(passes))]
 
-    return _evaluation(run, check, first.latent.device, graphed)
+    return _evaluation(run, check, first.latent.device, graphed, parallel)
 
 
 def split_evaluate(
@@ -100,7 +100,7 @@ def split_evaluate(
         chosen = [Pass(inputs[one.negative], skips) for one, skips in zip(passes, perturbations, strict=True)]
         return model.run_passes(chosen, share_prefixes=share_prefixes, on_block=on_block, lanes=lanes)
 
-    return _evaluation(run, check, first.device, graphed)
+    return _evaluation(run, check, first.device, graphed, parallel)
 
 
 def grouped_evaluate(
@@ -135,8 +135,12 @@ def grouped_evaluate(
 EVALUATIONS = {"split": grouped_evaluate, "batched": batched_evaluate}
 
 
-def _evaluation(run: Run, check: Callable[[], None], device: torch.device, graphed: bool) -> Evaluate:
-    return Graphs(run, check, device) if graphed else lambda x, sigma, on: run(x, sigma, on, check, ONE_LANE)
+def _evaluation(
+    run: Run, check: Callable[[], None], device: torch.device, graphed: bool, parallel: ParallelContext
+) -> Evaluate:
+    if graphed:
+        return Graphs(run, check, device, parallel)
+    return lambda x, sigma, on: run(x, sigma, on, check, ONE_LANE)
 
 
 def _perturbation(one: GuidancePass) -> Perturbation:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .av import AV
+from .parallel.context import SINGLE, ParallelContext
 from .transformer.lanes import ONE_LANE, Lanes, TwoLanes
 
 log = logging.getLogger("ltx2.engine")
@@ -66,9 +67,12 @@ class Graphs:
     must stay where it is as long as this object is used: weights, prompts, tables. One thread at a time.
     """
 
-    def __init__(self, run: Run, check: Callable[[], None], device: torch.device):
-        """check: called often; may raise to stop."""
-        self._run, self._check, self._device = run, check, device
+    def __init__(self, run: Run, check: Callable[[], None], device: torch.device, parallel: ParallelContext = SINGLE):
+        """check: called often, and by ranks that share tokens (``parallel``) equally often; may raise to stop.
+
+        What such ranks exchange is captured too: all of them capture, or none does.
+        """
+        self._run, self._check, self._device, self._parallel = run, check, device, parallel
         self._stream, self._sound = _streams(device)
         # what runs by itself and what is captured take turns in the same memory
         self._pool = torch.cuda.MemPool()
@@ -81,7 +85,7 @@ class Graphs:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 captured = self._captured.get(enabled)
                 if captured is not None:
-                    return captured.replay(x, sigma, self._check)
+                    return captured.replay(x, sigma, self._check, alone=self._parallel.size == 1)
                 with torch.cuda.use_mem_pool(self._pool):
                     velocities = self._run(x, sigma, enabled, self._check, ONE_LANE)
                 if enabled not in self._captured:
@@ -93,8 +97,10 @@ class Graphs:
     def _capture(self, x: AV[Tensor], enabled: AV[bool]) -> _Captured | None:
         """The evaluation as graphs, or None where that does not work, which is said in the log."""
         began = time.perf_counter()
+        # ranks that may fail here one by one must not wait for each other at a gate
+        check = self._check if self._parallel.size == 1 else _nothing
         try:
-            captured = _Captured(self._run, x, enabled, self._check, TwoLanes(self._sound), self._pool.id)
+            captured = _Captured(self._run, x, enabled, check, TwoLanes(self._sound), self._pool.id)
         except BaseException as error:
             # a pool whose graphs have all gone takes no more of them
             self._pool = torch.cuda.MemPool()
@@ -102,7 +108,10 @@ class Graphs:
                 raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
             log.warning("graphs: not used, this evaluation cannot be captured: %s", reason[0])
+            captured = None
+        if not self._parallel.agree(captured is not None, self._device):
             return None
+        assert captured is not None
         log.info("graphs: %d captured in %.2f s", captured.count, time.perf_counter() - began)
         return captured
 
@@ -126,11 +135,14 @@ class _Captured:
     def count(self) -> int:
         return len(self._graphs)
 
-    def replay(self, x: AV[Tensor], sigma: float, check: Callable[[], None]) -> list[AV[Tensor]]:
+    def replay(self, x: AV[Tensor], sigma: float, check: Callable[[], None], *, alone: bool) -> list[AV[Tensor]]:
+        """alone: ``check`` may be called any number of times, while the device is waited for too."""
         self._x.map(lambda ours, given: ours.copy_(given), x)
         self._sigma.fill_(sigma)
         for graph in self._graphs:
-            self._ahead.wait(check)
+            if not alone:
+                check()
+            self._ahead.wait(check if alone else _nothing)
             graph.replay()
             self._ahead.enqueued()
         return self._velocities
@@ -224,6 +236,10 @@ class RunAhead:
                 continue
             time.sleep(_NAP_SECONDS)
             check()
+
+
+def _nothing() -> None:
+    pass
 
 
 @functools.cache

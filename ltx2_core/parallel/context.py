@@ -51,6 +51,12 @@ class ParallelContext:
         assert self.collectives is not None, "one rank exchanges nothing"
         return self.collectives
 
+    def agree(self, fine: bool, device: torch.device) -> bool:
+        """Whether something went well on all ranks, each of which says how it went here; waits for the device."""
+        if self.size == 1:
+            return fine
+        return bool(self.exchange.all_gather(torch.tensor([fine], dtype=torch.uint8, device=device)).all())
+
 
 SINGLE = ParallelContext()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ltx2_engine.ltx2_core import graphs
 from ltx2_engine.ltx2_core.graphs import Recording, RunAhead
+from ltx2_engine.ltx2_core.parallel.context import SINGLE, ParallelContext
 
 
 class Tape:
@@ -128,3 +129,22 @@ def test_an_allocator_without_pools_is_named(monkeypatch, caplog):
         assert not graphs.can_capture(torch.device("cuda:0"))
     graphs._allocator_can.cache_clear()
     assert caplog.text.count("--disable-cuda-malloc") == 1
+
+
+class Others:
+    """The other ranks' answers."""
+
+    def __init__(self, *answers):
+        self.answers = answers
+
+    def all_gather(self, x):
+        return torch.stack([x, *(torch.full_like(x, answer) for answer in self.answers)])
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "all_fine"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_ranks_that_share_tokens_capture_together_or_not_at_all(here, there, all_fine):
+    parallel = ParallelContext(0, 2, Others(there))
+    assert parallel.agree(here, torch.device("cpu")) is all_fine
+    assert SINGLE.agree(here, torch.device("cpu")) is here

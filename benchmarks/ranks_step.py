@@ -1,0 +1,170 @@
+"""One rank of bench_ranks.py: evaluates the transformer with the others, and writes down how long it took and what came out.
+
+python benchmarks/ranks_step.py FOLDER    (see ranks.py)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pack  # noqa: F401
+import torch
+from ltx2_engine.ltx2_core.av import AV
+from ltx2_engine.ltx2_core.config.model import ModelConfig
+from ltx2_engine.ltx2_core.config.released import released_config
+from ltx2_engine.ltx2_core.evaluate import grouped_evaluate
+from ltx2_engine.ltx2_core.graphs import can_capture
+from ltx2_engine.ltx2_core.parallel.collectives import connect
+from ltx2_engine.ltx2_core.parallel.context import ParallelContext
+from ltx2_engine.ltx2_core.parallel.groups import PassGroups, Topology
+from ltx2_engine.ltx2_core.parallel.topology import name
+from ltx2_engine.ltx2_core.presets import DISTILLED_SIGMAS
+from ltx2_engine.ltx2_core.sampling.choice import SamplerChoice
+from ltx2_engine.ltx2_core.sampling.denoise import Denoiser, Evaluate
+from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
+from ltx2_engine.ltx2_core.sampling.noise import SamplerNoise
+from ltx2_engine.ltx2_core.sampling.samplers import SAMPLERS
+from ltx2_engine.ltx2_core.tiny import tiny_config
+from ltx2_engine.ltx2_core.transformer.model import Transformer
+from own_model import PLAIN, SIGMA, drawing, random_prompt, random_states, random_transformer
+from ranks import Rank, main_of_rank
+from safetensors.torch import save_file
+from shapes import Shape
+from step_guided import preset
+from step_quality import attention
+from timing import allocated, clean
+from torch import Tensor
+
+Seat = tuple[ParallelContext, PassGroups]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all ranks do.
+
+    cases: (shape, ways in which passes are divided); the empty list is a plain forward, else four guided passes are
+    evaluated in each of these topologies. quality: the shape of a run of 8 steps. results: where rank 0 writes it.
+    """
+
+    cases: list[tuple[str, list[str]]]
+    quality: str
+    repeats: int
+    tiny: bool
+    results: str
+
+
+def work(rank: Rank, given: dict[str, Any]) -> dict[str, Any]:
+    job = Job(**given)
+    config = ModelConfig.from_config(tiny_config("2.3") if job.tiny else released_config("2.3"), 49, ())
+    model = random_transformer(config, rank.device)
+    weights = allocated(rank.device)
+    found: dict[str, Any] = {}
+    for shape, topologies in job.cases:
+        guidance = preset("guided 2.3/2.5", (1 if job.tiny else 28,)) if topologies else PLAIN
+        for topology in topologies_of(rank, topologies):
+            seat = connect(rank.rank, topology)
+            for graphed in (False, True) if can_capture(rank.device) else (False,):
+                clean(rank.device)
+                run = step(config, model, Shape.parse(shape), guidance, seat, rank, graphed=graphed)
+                times = rank.times(run, job.repeats)
+                key = " ".join((shape, name(topology) if topologies else "", "graphs" if graphed else "")).strip()
+                found[key] = {"times": times, "peak": peak(rank) - weights, "digest": digest(run())}
+                # with the memory of its graphs
+                del run
+    return {"steps": found, "quality": quality(config, model, rank, job)}
+
+
+def topologies_of(rank: Rank, names: list[str]) -> Iterator[Topology]:
+    """Those of so many ranks; all of them in one group where none is named."""
+    named = [Topology(*map(int, one.split("x"))) for one in names] or [Topology(1, rank.size)]
+    fitting = [one for one in named if one.groups * one.ulysses == rank.size]
+    yield from fitting or [Topology(1, rank.size)]
+
+
+def step(
+    config: ModelConfig,
+    model: Transformer,
+    shape: Shape,
+    guidance: StreamGuidance,
+    seat: Seat,
+    rank: Rank,
+    *,
+    graphed: bool,
+) -> Any:
+    """One evaluation of all passes; gives every velocity."""
+    evaluate, x = evaluation(config, model, shape, guidance, seat, rank, graphed=graphed)
+    return lambda: [part for velocity in evaluate(x, SIGMA, AV(True, True)) for part in velocity.present()]
+
+
+def evaluation(
+    config: ModelConfig,
+    model: Transformer,
+    shape: Shape,
+    guidance: StreamGuidance,
+    seat: Seat,
+    rank: Rank,
+    *,
+    graphed: bool,
+) -> tuple[Evaluate, AV[Tensor]]:
+    draw = drawing(rank.device)
+    states, prompt = random_states(config, shape.clip, draw), random_prompt(config, draw)
+    passes = plan_passes(AV(guidance, guidance))
+    both = prompt, prompt.map(torch.neg)
+    evaluate = grouped_evaluate(
+        model, states, passes, *both, lambda: None, graphed=graphed, parallel=seat[0], groups=seat[1]
+    )
+    return evaluate, states.map(lambda state: state.latent)
+
+
+def quality(config: ModelConfig, model: Transformer, rank: Rank, job: Job) -> dict[str, str]:
+    """Latents of 8 steps by all ranks, twice, and on one rank with two implementations of attention too; where they are."""
+    seat = connect(rank.rank, Topology(1, rank.size))
+    runs = {"cudnn": None, "cudnn again": None} | ({"flash": "flash"} if rank.size == 1 else {})
+    digests = {}
+    for what, implementation in runs.items():
+        with attention(implementation or "cudnn"):
+            latents = sampled(config, model, Shape.parse(job.quality), seat, rank)
+        digests[what] = digest(list(latents.present()))
+        if rank.rank == 0:
+            parts = dict(zip(("video", "sound"), latents.present(), strict=True))
+            save_file({key: part.float().cpu().contiguous() for key, part in parts.items()}, path_of(job, rank, what))
+    return digests
+
+
+def path_of(job: Job, rank: Rank, what: str) -> Path:
+    return Path(job.results) / f"{rank.size} {what}.safetensors"
+
+
+def sampled(config: ModelConfig, model: Transformer, shape: Shape, seat: Seat, rank: Rank) -> AV[Tensor]:
+    evaluate, _ = evaluation(config, model, shape, PLAIN, seat, rank, graphed=False)
+    states = random_states(config, shape.clip, drawing(rank.device))
+    guidance = AV(PLAIN, PLAIN)
+    choice = SamplerChoice("euler")
+    denoise = Denoiser(evaluate, states, plan_passes(guidance), guidance)
+    noise = SamplerNoise(choice, 0, rank.device)
+    x = states.map(lambda state: state.latent)
+    return SAMPLERS[choice.name](denoise, x, DISTILLED_SIGMAS, noise, choice, lambda *_: None)
+
+
+def digest(parts: list[Tensor]) -> str:
+    """Of the bits of tensors; "not finite" where one is not, "constant" where all its values are one."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if not bool(part.isfinite().all()):
+            return "not finite"
+        if float(part.float().std()) == 0:
+            return "constant"
+        found.update(part.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def peak(rank: Rank) -> int:
+    return torch.cuda.max_memory_allocated(rank.device) if rank.device.type == "cuda" else 0
+
+
+if __name__ == "__main__":
+    main_of_rank(work)
