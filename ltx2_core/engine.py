@@ -241,7 +241,7 @@ class LocalEngine:
         check_latents(latent, self.config)
         frames = waveform = None
         with torch.no_grad():
-            ranks = self._ranks
+            ranks = self._ranks.that_decode
             # the last rank's band is not the tallest
             sound = None if audio is None or ranks.rank < ranks.size - 1 else self._sound(audio)
             if video is not None:
@@ -433,7 +433,7 @@ class LocalEngine:
         self, video: Tensor, clip: ClipShape, choice: str, sound: SoundDecoding | None, out: Tensor | None
     ) -> Tensor:
         """Frames [B * F, H, W, 3]; ``sound`` is decoded too where there is room for both."""
-        ranks = self._ranks
+        ranks = self._ranks.that_decode
         decoder, free = ranks.agree(lambda: self._place_video_decoder(video, choice, sound))
         plan = self._plan_video(video, ranks.least(free), choice)
         frames = torch.empty(video.shape[0], clip.frames, clip.height, clip.width, 3) if out is None else out
@@ -462,7 +462,7 @@ class LocalEngine:
     def _plan_video(self, video: Tensor, free: int | None, choice: str) -> tiling.TilePlan:
         """How all ranks decode latents in the bytes that are free on each."""
         shape, size = tuple(video.shape), self.dtype.itemsize
-        return tiling.plan_decode(self.config.video_vae, shape, size, free, choice, ranks=self._ranks.size)
+        return tiling.plan_decode(self.config.video_vae, shape, size, free, choice, ranks=self._ranks.that_decode.size)
 
     def _make_room_in_limit(self, decoder_bytes: int, plan_for: Callable[[int | None, str], tiling.TilePlan]) -> None:
         """Give up other weights where the user's limit would have the picture cut into tiles beside them."""

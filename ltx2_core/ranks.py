@@ -44,6 +44,11 @@ class Ranks:
     # whether passes are evaluated one by one where nobody chose, because groups share them
     takes_passes_apart = False
 
+    @property
+    def that_decode(self) -> Ranks:
+        """Those that decode a clip together."""
+        return self
+
     def agree(self, work: Callable[[], T]) -> T:
         """What ``work`` returns, if it succeeds on all ranks. Raises on all ranks if it fails on one."""
         return work()

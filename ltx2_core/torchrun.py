@@ -21,7 +21,7 @@ from .parallel.collectives import Control, connect, join_by_environment
 from .parallel.context import ParallelContext
 from .parallel.groups import PassGroups, Topology
 from .parallel.topology import StageWork, name, step_seconds
-from .ranks import Ranks, Seat
+from .ranks import ALONE, Ranks, Seat
 from .sampling.guidance import GuidancePass
 from .settled import settled
 
@@ -48,6 +48,11 @@ class TorchrunRanks(Ranks):
         join_by_environment("nccl" if on_gpu else "gloo", _TIMEOUT, torch.device("cuda", 0) if on_gpu else None)
         self._agreement = Agreement(Control(_TIMEOUT).exchange)
         self._connected: dict[Topology, tuple[ParallelContext, PassGroups]] = {}
+
+    @property
+    def that_decode(self) -> Ranks:
+        """Every rank decodes for itself: frames do not cross the network."""
+        return ALONE
 
     def agree(self, work: Callable[[], T]) -> T:
         return self._agreement.on(work)

@@ -210,10 +210,10 @@ def test_a_name_cannot_lead_out_of_the_jobs_output(queue, tmp_path, capsys):
 
 
 def test_jobs_of_one_model_find_it_loaded(queue, tmp_path, tiny_models, tiny_prompt, monkeypatch):
-    from ltx2_engine.ltx2_core import engine
+    from ltx2_engine.ltx2_core import handles
 
     opened = []
-    monkeypatch.setattr(engine, "open_files", lambda spec, real=engine.open_files: opened.append(spec) or real(spec))
+    monkeypatch.setattr(handles, "open_files", lambda spec, real=handles.open_files: opened.append(spec) or real(spec))
     for seed in (1, 2):
         prompt = tiny_prompt("text_to_video", LTX2Sampler={"seed": seed}, LTX2EmptyLatent={"frames": 9})
         (tmp_path / f"{seed}.json").write_text(json.dumps(prompt))
