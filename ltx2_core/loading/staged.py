@@ -25,6 +25,8 @@ log = logging.getLogger("ltx2.loading")
 _LOGGED_BYTES = 64 * 1024 * 1024
 # of tensors that share a piece of memory
 _ALIGNMENT = 16
+# of such a piece at most: making one takes as long as reading a megabyte
+_PIECE_BYTES = 256 * 1024 * 1024
 
 Allocate = Callable[[Request], Tensor | Room | None]
 
@@ -43,7 +45,8 @@ def read_staged(
     A tensor has the file's dtype and shape; one of a type that torch lacks is uint8 [size in bytes]. It is ready for
     the stream that is current when the first one is asked for. Requests that follow one another in a file are read together.
 
-    requests: taken one by one, at most ``ring.DEPTH`` chunks ahead of the tensor that is handed over.
+    requests: taken one by one, at most ``ring.DEPTH`` chunks, and those that share a piece of memory, ahead of the tensor
+    that is handed over.
     allocate: called with a request as it is taken; returns a contiguous tensor of its dtype and shape that the bytes go
     to, on ``device`` or in host memory, or a Room with one, or None for memory of their own.
     on_bytes: called with the number of bytes read since its last call, between two tensors. stopped: polled, from other
@@ -93,7 +96,7 @@ def _plan(
 ) -> Generator[Chunk, None, None]:
     """The requests' bytes in chunks: adjacent tensors share one, a large tensor takes several."""
     chunk: Chunk | None = None
-    for landing in _landings(requests, target, allocate, readers):
+    for landing in _landings(requests, target, allocate):
         request = landing.request
         if chunk is not None and not chunk.continued_by(landing):
             yield chunk
@@ -112,16 +115,14 @@ def _plan(
         yield chunk
 
 
-def _landings(
-    requests: Iterable[Request], target: Target, allocate: Allocate, readers: Readers
-) -> Generator[Landing, None, None]:
+def _landings(requests: Iterable[Request], target: Target, allocate: Allocate) -> Generator[Landing, None, None]:
     """Memory for every request; neighbours in a file that may share it do."""
     run: list[Request] = []
     size = 0
     for request in requests:
         given = allocate(request)
         shares = given is None and request.shared
-        fits = size + request.info.size_bytes <= readers.chunk_bytes and size % _ALIGNMENT == 0
+        fits = size + request.info.size_bytes <= _PIECE_BYTES and size % _ALIGNMENT == 0
         if run and not (shares and fits and _follows(run[-1], request)):
             yield from _in_one_piece(run, size, target)
             run, size = [], 0
