@@ -39,6 +39,8 @@ BARS = {
     (LARGE, False): {2: ">= 1.85", 4: ">= 3.5"},
     (GUIDED, True): {2: ">= 1.80", 4: ">= 3.3"},
 }
+BLOCKS, TINY_BLOCKS = 48, 3
+NAMES = {"nccl": "exchanges through NCCL", "meetings": "exchanges by copy engines"}
 # dB that more GPUs may lose against another attention on one
 WORSE = 1.0
 
@@ -89,6 +91,7 @@ def rows_of(job: Job, visits: list[Visit]) -> Iterator[Row]:
             yield Row(
                 f"{case}: {gpus(visited.size)}: peak memory of a rank", max(one["peak"] for one in given) / GIB, "GiB"
             )
+    yield from exchanges(job, visits[1:])
     for shape, topologies in job.cases:
         what = f"{shape}, {'4 passes' if topologies else 'one forward'}"
         _, alone = visits[0].fastest(shape)
@@ -98,6 +101,21 @@ def rows_of(job: Job, visits: list[Visit]) -> Iterator[Row]:
             yield Row(
                 f"{what}: one GPU / {gpus(visited.size)} ({case.removeprefix(shape).strip()})", alone / time, "1", bar
             )
+
+
+def exchanges(job: Job, visits: list[Visit]) -> Iterator[Row]:
+    """What was counted in captured forwards: three exchanges a block, and one behind them. None is for a table."""
+    expected = 3 * (TINY_BLOCKS if job.tiny else BLOCKS) + 1
+    for visited in visits:
+        for case, given in visited.steps.items():
+            for what in ("nccl", "meetings"):
+                counts = sorted({one[what] for one in given if what in one})
+                if counts:
+                    yield Row(f"{case}: {gpus(visited.size)}: {NAMES[what]}", counts[-1], "1")
+            plain = case.startswith(tuple(shape for shape, topologies in job.cases if not topologies))
+            for one in given if plain else ():
+                if "nccl" in one and one["nccl"] + one["meetings"] != expected:
+                    raise WrongResult(f"{case}: {one['nccl']} and {one['meetings']} exchanges, expected {expected}")
 
 
 def quality_rows(job: Job, visits: list[Visit]) -> Iterator[Row]:
@@ -121,16 +139,18 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of GPUs beside one")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="count what captured evaluations launch")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--name", default="ranks_2.3", help="of the result")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     options = parser.parse_args(arguments)
     sizes = sizes_here(options.sizes)
     with tempfile.TemporaryDirectory() as results:
-        job = Job([(SMALL, []), (LARGE, []), (GUIDED, TOPOLOGIES)], SMALL, options.repeats, False, results)
+        texts = str(options.out) if options.profile else ""
+        job = Job([(SMALL, []), (LARGE, []), (GUIDED, TOPOLOGIES)], SMALL, options.repeats, False, results, texts)
         if options.tiny:
             small, other = str(Shape(96, 64, 17)), str(Shape(64, 96, 17))
-            job = Job([(small, []), (other, TOPOLOGIES)], small, 1, True, results)
+            job = Job([(small, []), (other, TOPOLOGIES)], small, 1, True, results, texts)
         visits = [visit(size, job) for size in sizes]
         rows = [*rows_of(job, visits), *quality_rows(job, visits)]
     for row in rows:

@@ -6,6 +6,7 @@ python benchmarks/ranks_step.py FOLDER    (see ranks.py)
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ltx2_engine.ltx2_core.evaluate import grouped_evaluate
 from ltx2_engine.ltx2_core.graphs import can_capture
 from ltx2_engine.ltx2_core.parallel.collectives import connect
 from ltx2_engine.ltx2_core.parallel.context import ParallelContext
+from ltx2_engine.ltx2_core.parallel.exchange_choice import fastest_exchange
 from ltx2_engine.ltx2_core.parallel.groups import PassGroups, Topology
 from ltx2_engine.ltx2_core.parallel.topology import name
 from ltx2_engine.ltx2_core.presets import DISTILLED_SIGMAS
@@ -35,6 +37,7 @@ from ranks import Rank, main_of_rank
 from safetensors.torch import save_file
 from shapes import Shape
 from step_guided import preset
+from step_profile import STEPS, profile
 from step_quality import attention
 from timing import allocated, clean
 from torch import Tensor
@@ -48,6 +51,7 @@ class Job:
 
     cases: (shape, ways in which passes are divided); the empty list is a plain forward, else four guided passes are
     evaluated in each of these topologies. quality: the shape of a run of 8 steps. results: where rank 0 writes it.
+    profile: where texts go that say what one captured forward of each shape launches; "" for none.
     """
 
     cases: list[tuple[str, list[str]]]
@@ -55,6 +59,7 @@ class Job:
     repeats: int
     tiny: bool
     results: str
+    profile: str = ""
 
 
 def work(rank: Rank, given: dict[str, Any]) -> dict[str, Any]:
@@ -66,16 +71,35 @@ def work(rank: Rank, given: dict[str, Any]) -> dict[str, Any]:
     for shape, topologies in job.cases:
         guidance = preset("guided 2.3/2.5", (1 if job.tiny else 28,)) if topologies else PLAIN
         for topology in topologies_of(rank, topologies):
-            seat = connect(rank.rank, topology)
+            seat = seat_of(rank, topology)
             for graphed in (False, True) if can_capture(rank.device) else (False,):
                 clean(rank.device)
                 run = step(config, model, Shape.parse(shape), guidance, seat, rank, graphed=graphed)
                 times = rank.times(run, job.repeats)
                 key = " ".join((shape, name(topology) if topologies else "", "graphs" if graphed else "")).strip()
                 found[key] = {"times": times, "peak": peak(rank) - weights, "digest": digest(run())}
+                if graphed and job.profile:
+                    found[key] |= launches(key, run, rank, job)
                 # with the memory of its graphs
                 del run
     return {"steps": found, "quality": quality(config, model, rank, job)}
+
+
+def seat_of(rank: Rank, topology: Topology) -> Seat:
+    """As an engine's ranks meet."""
+    parallel, groups = connect(rank.rank, topology)
+    return fastest_exchange(parallel, rank.device), groups
+
+
+def launches(key: str, run: Any, rank: Rank, job: Job) -> dict[str, int]:
+    """How often ranks meet in one evaluation, by NCCL's kernels and by ours, also as a text with all kernels."""
+    name = f"ranks_profile_{rank.size}_{key.replace(' ', '_')}.txt"
+    times = profile(f"{key}, {rank.size} ranks", run, rank.device, Path(job.profile) / name if rank.rank == 0 else None)
+
+    def count(part: str) -> int:
+        return sum(len(each) for name, each in times.items() if part in name) // STEPS
+
+    return {"nccl": count("nccl"), "meetings": count("meet_kernel")}
 
 
 def topologies_of(rank: Rank, names: list[str]) -> Iterator[Topology]:
@@ -122,7 +146,7 @@ def evaluation(
 
 def quality(config: ModelConfig, model: Transformer, rank: Rank, job: Job) -> dict[str, str]:
     """Latents of 8 steps by all ranks, twice, and on one rank with two implementations of attention too; where they are."""
-    seat = connect(rank.rank, Topology(1, rank.size))
+    seat = seat_of(rank, Topology(1, rank.size))
     runs = {"cudnn": None, "cudnn again": None} | ({"flash": "flash"} if rank.size == 1 else {})
     digests = {}
     for what, implementation in runs.items():
@@ -167,4 +191,6 @@ def peak(rank: Rank) -> int:
 
 
 if __name__ == "__main__":
+    # which way ranks exchange, graphs
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     main_of_rank(work)

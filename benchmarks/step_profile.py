@@ -17,17 +17,22 @@ STEPS = 2
 MOST = 25
 
 
-def profile(what: str, run: Callable[[], Any], device: torch.device, path: Path | None) -> str:
+# by name, the microseconds of each call in some steps
+Times = dict[str, list[float]]
+
+
+def profile(what: str, run: Callable[[], Any], device: torch.device, path: Path | None) -> Times:
     """Profile some steps; print the text and write it to ``path``. On the CPU, operators stand in for kernels."""
-    text = f"{what}; {hardware()}; torch {torch.__version__}; {STEPS} steps\n\n{_profiled(run, device)}\n"
+    found, times = profiled(run, device)
+    text = f"{what}; {hardware()}; torch {torch.__version__}; {STEPS} steps\n\n{found}\n"
     print(text)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    return text
+    return times
 
 
-def _profiled(run: Callable[[], Any], device: torch.device) -> str:
+def profiled(run: Callable[[], Any], device: torch.device) -> tuple[str, Times]:
     on_gpu = device.type == "cuda"
     for _ in range(2):
         run()
@@ -48,7 +53,7 @@ def _profiled(run: Callable[[], Any], device: torch.device) -> str:
         "",
         f"{'share':>7} {'ms a step':>10} {'calls':>7}  kernel",
     ]
-    times: dict[str, list[float]] = defaultdict(list)
+    times: Times = defaultdict(list)
     for event in kernels:
         times[event.name].append(event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total)
     total = sum(map(sum, times.values()))
@@ -56,7 +61,7 @@ def _profiled(run: Callable[[], Any], device: torch.device) -> str:
         lines.append(
             f"{sum(each) / total:7.2%} {sum(each) / 1000 / STEPS:10.3f} {len(each) / STEPS:7.0f}  {name[:120]}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines), times
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from .fleet.agreement import Agreement
 from .host import host
 from .parallel.collectives import Control, connect, join_by_environment
 from .parallel.context import ParallelContext
+from .parallel.exchange_choice import fastest_exchange
 from .parallel.groups import PassGroups, Topology
 from .parallel.topology import StageWork, name, step_seconds
 from .ranks import ALONE, Ranks, Seat
@@ -45,7 +46,8 @@ class TorchrunRanks(Ranks):
         self.rank, self.size, self._per_machine = rank, size, ranks_per_machine
         self.takes_passes_apart = size > ranks_per_machine
         on_gpu = torch.cuda.is_available()
-        join_by_environment("nccl" if on_gpu else "gloo", _TIMEOUT, torch.device("cuda", 0) if on_gpu else None)
+        self._device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+        join_by_environment("nccl" if on_gpu else "gloo", _TIMEOUT, self._device if on_gpu else None)
         self._agreement = Agreement(Control(_TIMEOUT).exchange)
         self._connected: dict[Topology, tuple[ParallelContext, PassGroups]] = {}
 
@@ -82,5 +84,6 @@ class TorchrunRanks(Ranks):
     @contextmanager
     def sampling(self, topology: Topology) -> Iterator[Seat]:
         if topology not in self._connected:
-            self._connected[topology] = connect(self.rank, topology)
+            parallel, groups = connect(self.rank, topology)
+            self._connected[topology] = fastest_exchange(parallel, self._device), groups
         yield Seat(host().check_interrupt, *self._connected[topology], settled)

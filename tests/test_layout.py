@@ -32,8 +32,8 @@ ALLOWED = {
     "socket": {"ltx2_core.parallel.channel", "ltx2_core.parallel.processes"},
     "subprocess": {"ltx2_core.parallel.processes"},
     "ray": {"nodes.runner.ray_nodes"},
-    # prctl
-    "ctypes": {"ltx2_core.parallel.parent_death"},
+    # prctl, and the driver of the GPU
+    "ctypes": {"ltx2_core.parallel.parent_death", "ltx2_core.parallel.device_memory"},
 }
 
 # they make the package before it can be imported
@@ -52,7 +52,11 @@ MAY_IMPORT = {
     "ltx2_core.parallel.bands": BASE,
     "ltx2_core.parallel.collectives": BASE | {f"ltx2_core.parallel.{name}" for name in ("context", "groups")},
     "ltx2_core.parallel.context": BASE,
+    "ltx2_core.parallel.exchange_choice": BASE
+    | {"kernels", "ltx2_core.parallel.context", "ltx2_core.parallel.peer_copies"},
     "ltx2_core.parallel.groups": BASE | {"ltx2_core.parallel.context"},
+    "ltx2_core.parallel.peer_copies": BASE
+    | {"kernels", "ltx2_core.parallel.context", "ltx2_core.parallel.device_memory"},
     "ltx2_core.parallel.sequence": BASE
     | {f"ltx2_core.{name}" for name in ("parallel.context", "transformer.inputs", "transformer.rope")},
     "ltx2_core.parallel.topology": BASE | {"ltx2_core.parallel.groups", "ltx2_core.sampling.guidance"},

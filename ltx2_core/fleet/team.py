@@ -22,6 +22,7 @@ from ..parallel import helix_collectives, helix_topology
 from ..parallel.bands import Bands, deal
 from ..parallel.collectives import Control, GroupNeighbours, connect, join, leave, neighbours
 from ..parallel.context import Collectives, ParallelContext
+from ..parallel.exchange_choice import fastest_exchange
 from ..parallel.gates import Board, Gates
 from ..parallel.groups import PassGroups, Topology
 from ..parallel.topology import LINK_SPEED, StageWork, choose_topology, name
@@ -144,7 +145,8 @@ class Team(Ranks):
     def _connect(self, topology: Topology) -> tuple[ParallelContext, PassGroups]:
         """All ranks choose alike, so they make the groups of a topology together."""
         if topology not in self._connected:
-            self._connected[topology] = connect(self.rank, topology)
+            parallel, groups = connect(self.rank, topology)
+            self._connected[topology] = fastest_exchange(parallel, self._device), groups
         return self._connected[topology]
 
     def _pace(self, topology: Topology) -> Callable[[], None]:

@@ -29,14 +29,37 @@ class Collectives(Protocol):
         ...
 
 
+class Copies(Protocol):
+    """An exchange beside the computing: what is begun is there behind the next meeting. All ranks use it alike."""
+
+    def carries(self, x: Tensor, split: Split) -> bool:
+        """Whether tokens [B, share, W] can go this way; if not, collectives exchange them."""
+        ...
+
+    def heads(self, place: str, x: Tensor, split: Split) -> Tensor:
+        """Begin to give every rank its heads of tokens [1, share, W]. Returns where [1, N, W / P] will be."""
+        ...
+
+    def tokens(self, x: Tensor, split: Split) -> Tensor:
+        """Begin to give every rank its tokens of heads [1, N, W / P]. Returns where [1, share, W] will be."""
+        ...
+
+    def meet(self) -> None:
+        """Wait, on the device, for what all ranks have begun."""
+        ...
+
+
 @dataclass(frozen=True)
 class ParallelContext:
-    """Where this process stands among the ranks that share a sequence. v2a: one of ``V2A_MODES``."""
+    """Where this process stands among the ranks that share a sequence. v2a: one of ``V2A_MODES``. copies: of the attention
+    among tokens, where there is something faster than collectives.
+    """
 
     rank: int = 0
     size: int = 1
     collectives: Collectives | None = None
     v2a: str = "partial"
+    copies: Copies | None = None
 
     def __post_init__(self):
         if not 0 <= self.rank < self.size:
@@ -62,6 +85,13 @@ SINGLE = ParallelContext()
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """Tokens that are on their way to the ranks of their heads: where they will be."""
+
+    arriving: Tensor
+
+
+@dataclass(frozen=True)
 class Split:
     """How the tokens of one stream lie on the ranks. tokens: N of the whole sequence, where it is split."""
 
@@ -80,7 +110,10 @@ class Split:
     @property
     def valid(self) -> int:
         """Tokens of the sequence that this rank holds; the last ranks may have none."""
-        return min(max(self.tokens - self.context.rank * self.share, 0), self.share)
+        return self.valid_of(self.context.rank)
+
+    def valid_of(self, rank: int) -> int:
+        return min(max(self.tokens - rank * self.share, 0), self.share)
 
     def take(self, x: Tensor, dim: int) -> Tensor:
         """This rank's share of a tensor with all N tokens on axis ``dim``, filled up with zeros, contiguous."""
@@ -89,8 +122,25 @@ class Split:
         start = min(self.context.rank * self.share, self.tokens)
         return _filled(x.narrow(dim, start, self.valid), dim, self.share).contiguous()
 
-    def to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def ahead(self, place: str, x: Tensor) -> Tensor | Ahead:
+        """Begin the exchange of one of the tensors of ``to_heads``, [B, share, W], where that works beside computing.
+
+        place: "queries", "keys" or "values". What is begun stays as it is until ``to_heads``.
+        """
+        copies = self.context.copies
+        return Ahead(copies.heads(place, x, self)) if copies is not None and copies.carries(x, self) else x
+
+    def to_heads(self, *tensors: Tensor | Ahead) -> tuple[Tensor, ...]:
         """Tensors [B, share, W] of alike shape to [B, N, W / P]: all tokens, the heads of this rank. One exchange."""
+        begun = [x.arriving for x in tensors if isinstance(x, Ahead)]
+        if begun:
+            assert len(begun) == len(tensors), "tensors of one shape go one way"
+            assert self.context.copies is not None
+            self.context.copies.meet()
+            return tuple(begun)
+        return self._to_heads(*(x for x in tensors if isinstance(x, Tensor)))
+
+    def _to_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         if self.size == 1:
             return tensors
         first = tensors[0]
@@ -104,6 +154,11 @@ class Split:
         """The way back: [B, N, W / P] to [B, share, W]. One exchange."""
         if self.size == 1:
             return x
+        copies = self.context.copies
+        if copies is not None and copies.carries(x, self):
+            arriving = copies.tokens(x, self)
+            copies.meet()
+            return arriving
         shares = _filled(x, 1, self.share * self.size).unflatten(1, (self.size, -1))
         return _side_by_side(self.context.exchange.all_to_all(shares.movedim(1, 0).contiguous()))
 

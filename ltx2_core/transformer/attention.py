@@ -66,8 +66,9 @@ class Attention(nn.Module):
         """Self attention before gates and output, [B, T, heads * head_dim]. What it makes goes when it returns."""
         q, k, values = project(x, (self.to_q, self.to_k, self.to_v))
         weights = self.q_norm.weight, self.k_norm.weight
+        going = split.ahead("values", values)
         q, k = qk_norm_rotary(q, k, *weights, rotary.cos, rotary.sin, self.eps, fast=self.fast)
-        out = attend_among(q, k, values, self.heads, bias, split)
+        out = attend_among(q, k, going, self.heads, bias, split)
         del q, k
         return out.mul_(keep).add_(values * (1 - keep)) if isinstance(keep, Tensor) else out
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...kernels import apply_split_rotary
-from ..parallel.context import WHOLE, Split
+from ..parallel.context import WHOLE, Ahead, Split
 from .attend import attend, attend_part
 from .rope import Rotary
 
@@ -40,14 +40,17 @@ class SplitKeysValues(KeysValues):
     late: Rotary | None
 
 
-def attend_among(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None, split: Split = WHOLE) -> Tensor:
+def attend_among(
+    q: Tensor, k: Tensor, v: Tensor | Ahead, heads: int, bias: Tensor | None, split: Split = WHOLE
+) -> Tensor:
     """Attention among tokens [B, T, heads * head_dim], all of them or this rank's share; returns the same shape.
 
+    v: may be on its way to other ranks (``Split.ahead``). The result may lie in memory that the next exchange overwrites.
     bias: additive, broadcastable to [B, H, T, T] of the whole sequence.
     """
     if bias is not None and bias.shape[1] > 1:
         bias = split.own_heads(bias, 1)
-    q, k, v = split.to_heads(q, k, v)
+    q, k, v = split.to_heads(split.ahead("queries", q), split.ahead("keys", k), v)
     return split.to_tokens(_softmax(q, k, v, heads // split.size, bias))
 
 

@@ -146,6 +146,7 @@ def test_operations_of_a_forward_are_those_of_the_table(module):
 def test_a_profile_tells_how_busy_the_device_is(module):
     profile = module("step_profile")
     assert profile.covered([(4, 6), (0, 2), (1, 3), (1, 2)]) == (5, 6)
-    text = profile.profile("products", lambda: torch.ones(64, 64) @ torch.ones(64, 64), torch.device("cpu"), None)
+    text, times = profile.profiled(lambda: torch.ones(64, 64) @ torch.ones(64, 64), torch.device("cpu"))
+    assert len(times["aten::mm"]) == profile.STEPS
     assert "aten::mm" in text
     assert "device busy" in text
