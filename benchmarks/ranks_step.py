@@ -51,7 +51,7 @@ class Job:
 
     cases: (shape, ways in which passes are divided); the empty list is a plain forward, else four guided passes are
     evaluated in each of these topologies. quality: the shape of a run of 8 steps. results: where rank 0 writes it.
-    profile: where texts go that say what one captured forward of each shape launches; "" for none.
+    profile: where texts go that say what captured forwards of several ranks launch; "" for none.
     """
 
     cases: list[tuple[str, list[str]]]
@@ -78,7 +78,7 @@ def work(rank: Rank, given: dict[str, Any]) -> dict[str, Any]:
                 times = rank.times(run, job.repeats)
                 key = " ".join((shape, name(topology) if topologies else "", "graphs" if graphed else "")).strip()
                 found[key] = {"times": times, "peak": peak(rank) - weights, "digest": digest(run())}
-                if graphed and job.profile:
+                if graphed and job.profile and rank.size > 1 and not topologies:
                     found[key] |= launches(key, run, rank, job)
                 # with the memory of its graphs
                 del run

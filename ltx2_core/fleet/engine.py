@@ -49,9 +49,8 @@ class Workers:
         self.label = f"{spec.ranks} workers of {spec.checkpoint.name}"
         level = logging.getLogger("ltx2").getEffectiveLevel()
         environment = {DEVICES: ",".join(self.devices), LOG_LEVEL: str(level)}
-        if spec.device == "cpu":
-            # all of them together have the cores that this process would have
-            environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // spec.ranks))
+        # all of them together have the cores that this process would have
+        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // spec.ranks))
         self.group = WorkerGroup(Launch(spec.ranks, ENTRY, environment))
         self._held = [0] * spec.ranks
 

@@ -1,6 +1,7 @@
 """The entry file of a fleet's workers that fail where a test wants it: as ``parallel/worker.py``, with faults.
 
-The file that ``LTX2_TEST_FAULT`` names says which: a JSON object with a rank and a place.
+The file that ``LTX2_TEST_FAULT`` names says which: a JSON object with a rank and a place. ``LTX2_TEST_ONE_GPU``: ranks share a
+GPU, which NCCL lets those of several hosts do, so each gets a host's name of its own.
 """
 
 import json
@@ -39,6 +40,8 @@ def plant_faults():
 
 
 if __name__ == "__main__":
+    if "LTX2_TEST_ONE_GPU" in os.environ:
+        os.environ["NCCL_HOSTID"] = os.environ["RANK"]
     sys.path.insert(0, str(PARALLEL))
     from worker_entry import enter
 

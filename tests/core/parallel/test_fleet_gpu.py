@@ -1,0 +1,132 @@
+"""A fleet on GPUs, over NCCL: the clip of one GPU, the same bits twice, a Stop, a killed rank. Two ranks share the only GPU."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ltx2_engine.ltx2_core.fleet import engine as fleet_engine
+from ltx2_engine.ltx2_core.handles import open_engine
+from ltx2_engine.ltx2_core.host import Interrupted, use_host
+from ltx2_engine.ltx2_core.model_spec import ModelSpec
+from ltx2_engine.ltx2_core.parallel.job_run import WorkerError
+from ltx2_engine.ltx2_core.testing import cosine
+from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file, write_tiny_set
+
+from .observe import alive
+from .test_fleet import GUIDED, LONG, OFF, RecordingHost, job, of_topology, pids, same
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+# enough evaluations for graphs
+STEPS = tuple(1 - step / 8 for step in range(9))
+# of bfloat16 latents behind eight steps
+LEAST_COSINE = 0.999
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    root = tmp_path_factory.mktemp("fleet")
+    write_tiny_set(root, "2.3")
+    checkpoint, encoder = root / "checkpoints" / checkpoint_file("2.3"), root / "text_encoders" / TEXT_ENCODER
+    return ModelSpec.of(checkpoint, encoder, dtype="bfloat16", device="cuda:0")
+
+
+@pytest.fixture(scope="module")
+def single(spec):
+    engine = open_engine(spec)
+    with torch.inference_mode():
+        return engine, engine.encode("a bell rings"), engine.encode("blurry")
+
+
+@pytest.fixture(scope="module")
+def fleet(spec, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleet_engine, "ENTRY", Path(__file__).with_name("fleet_worker.py"))
+        patch.setenv("LTX2_TEST_FAULT", str(tmp_path_factory.mktemp("faults") / "none"))
+        if torch.cuda.device_count() < 2:
+            patch.setenv("LTX2_TEST_ONE_GPU", "1")
+            patch.setattr(fleet_engine, "rank_devices", lambda *_: ("cuda:0", "cuda:0"))
+        engine = open_engine(replace(spec, ranks=2))
+        yield engine
+        engine.close()
+
+
+@pytest.fixture
+def recording():
+    host = RecordingHost()
+    with use_host(host), torch.inference_mode():
+        yield host
+
+
+def alike(got, want):
+    for ours, theirs in zip(got.latents.present(), want.latents.present(), strict=True):
+        assert float(theirs.float().std()) > 0.05
+        assert cosine(ours, theirs) > LEAST_COSINE
+
+
+@pytest.mark.parametrize(("topology", "guidance"), [("1x2", OFF), ("1x2", GUIDED), ("2x1", GUIDED)])
+def test_two_gpus_make_the_clip_of_one_and_the_same_bits_twice(recording, fleet, single, topology, guidance):
+    engine, given = of_topology(fleet, topology), job(single, guidance, sigmas=STEPS)
+    got = engine.sample(given)
+    alike(got, single[0].sample(given))
+    assert same(engine.sample(given), got)
+    answers, _ = engine._run("sample", job=given, preview=None)
+    assert len({answer.body["digest"] for answer in answers}) == 1
+
+
+def test_two_gpus_decode_the_frames_of_one(recording, fleet, single):
+    latents = single[0].sample(job(single))
+    clip, wanted = fleet.decode(latents, "auto"), single[0].decode(latents, "auto")
+    assert cosine(clip.frames, wanted.frames) > LEAST_COSINE
+    assert cosine(clip.waveform, wanted.waveform) > LEAST_COSINE
+
+
+@pytest.mark.parametrize("topology", ["1x2", "2x1"])
+def test_a_stop_ends_the_job_within_a_second_and_not_the_workers(recording, fleet, single, topology):
+    engine, asked = of_topology(fleet, topology), []
+    engine.sample(job(single))
+    before = pids(fleet)
+
+    def stop(value):
+        if value >= 20 and not asked:
+            asked.append(time.monotonic())
+            recording.interrupt()
+
+    recording.on_step = stop
+    with pytest.raises(Interrupted):
+        engine.sample(job(single, GUIDED, sigmas=LONG))
+    seconds = time.monotonic() - asked[0]
+    print(f"stopped in {seconds:.3f} s")
+    assert seconds < 1.0
+    recording.on_step = lambda value: None
+    alike(engine.sample(job(single)), single[0].sample(job(single)))
+    assert pids(fleet) == before
+
+
+def test_a_killed_rank_is_named_and_the_next_job_works(recording, fleet, single):
+    fleet.sample(job(single))
+    before, killed = pids(fleet), []
+
+    def kill(value):
+        if value >= 20 and not killed:
+            killed.append(time.monotonic())
+            os.kill(before[1], signal.SIGKILL)
+
+    recording.on_step = kill
+    with pytest.raises(WorkerError, match="rank 1 failed in stage 'sampling': was ended by SIGKILL"):
+        fleet.sample(job(single, sigmas=LONG))
+    told = time.monotonic() - killed[0]
+    assert not any(map(alive, before))
+    recording.on_step = lambda value: None
+    got = fleet.sample(job(single))
+    again = time.monotonic() - killed[0]
+    print(f"told in {told:.2f} s, the next clip {again:.1f} s behind the kill")
+    assert told < 15
+    assert again < 60
+    alike(got, single[0].sample(job(single)))
