@@ -5,8 +5,8 @@ queries and keys are normed and rotated. Rows go from where they lie to where th
 either side, which is two more passes over memory.
 
 Every rank has one piece of memory that all others have opened (CUDA IPC): a place for each of queries, keys, values and
-results, and a word for each rank (``kernels/meet_triton.py``). Ranks meet behind every exchange, and each exchange reads what
-the one before has brought: so whoever writes into a place knows that its owner has read what was there before.
+results, and a word for each rank (``kernels/meet_triton.py``). Ranks meet behind every exchange. Heads and results take turns,
+and a rank computes in one order: so whoever writes into a place has met its owner since that one read what was there before.
 """
 
 from __future__ import annotations
@@ -156,6 +156,8 @@ class PeerCopies:
     def _grow(self, place_bytes: int) -> None:
         """Have places of that size on all ranks, or on none, for good, and say why."""
         self.close()
+        # the driver cannot give what PyTorch keeps for itself
+        torch.cuda.empty_cache()
         own, handle, reason = None, b"", ""
         try:
             own = OwnMemory(_WORDS_BYTES + len(PLACES) * place_bytes, self._device)
