@@ -68,8 +68,8 @@ _POSITIONED = hasattr(os, "preadv")
 class Request(NamedTuple):
     """A tensor to be read.
 
-    tag: the caller's, handed back with the tensor. shared: it may lie in one piece of memory with its neighbours in the
-    file, which goes when all of them do; good for small tensors and for those that are needed for a moment only.
+    tag: the caller's, handed back with the tensor. shared: it may lie in one piece of memory with others near
+    it in the file, which goes when all of them do; good for small tensors and for those that are needed for a moment only.
     """
 
     file: Checkpoint

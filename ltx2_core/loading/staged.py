@@ -9,7 +9,9 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +27,12 @@ log = logging.getLogger("ltx2.loading")
 _LOGGED_BYTES = 64 * 1024 * 1024
 # of tensors that share a piece of memory
 _ALIGNMENT = 16
-# of such a piece at most: making one takes as long as reading a megabyte
+# of what lies between the ends of such a piece in the file, at most; a device is asked for memory once for all of it
 _PIECE_BYTES = 256 * 1024 * 1024
 
 Allocate = Callable[[Request], Tensor | Room | None]
+# a request and what its bytes are to go to
+_Given = tuple[Request, Tensor | Room | None]
 
 
 def read_staged(
@@ -116,54 +120,55 @@ def _plan(
 
 
 def _landings(requests: Iterable[Request], target: Target, allocate: Allocate) -> Generator[Landing, None, None]:
-    """Memory for every request; neighbours in a file that may share it do."""
-    run: list[Request] = []
+    """Memory for every request, in their order; near neighbours of a file that may share it do."""
+    run: list[_Given] = []
     size = 0
     for request in requests:
         given = allocate(request)
-        shares = given is None and request.shared
-        fits = size + request.info.size_bytes <= _PIECE_BYTES and size % _ALIGNMENT == 0
-        if run and not (shares and fits and _follows(run[-1], request)):
-            yield from _in_one_piece(run, size, target)
+        if run and (request.file is not run[0][0].file or size + request.info.size_bytes > _PIECE_BYTES):
+            yield from _of_run(run, target)
             run, size = [], 0
-        if shares:
-            run.append(request)
+        if run or _shares(request, given):
+            run.append((request, given))
             size += request.info.size_bytes
         else:
             yield _landing(request, given, target)
     if run:
-        yield from _in_one_piece(run, size, target)
+        yield from _of_run(run, target)
 
 
-def _follows(before: Request, request: Request) -> bool:
-    return (before.file, before.info.end) == (request.file, request.info.begin)
+def _shares(request: Request, given: Tensor | Room | None) -> bool:
+    return given is None and request.shared
 
 
-def _in_one_piece(run: list[Request], size: int, target: Target) -> Iterator[Landing]:
+def _of_run(run: Sequence[_Given], target: Target) -> Iterator[Landing]:
+    """Landings of requests of which those that may share one piece of memory, whatever lies between them."""
+    sharing = [request for request, given in run if _shares(request, given)]
+    ends = list(accumulate(_aligned(request.info.size_bytes) for request in sharing))
     with _normal():
-        piece = target.empty((size,), torch.uint8)
-        in_host_memory = target.is_host_memory(piece)
-        memory = piece.numpy().data if in_host_memory else piece
-        offset = 0
-        typed = {dtype: _typed(piece, size, dtype) for dtype in {request.info.torch_dtype for request in run}}
-        for request in run:
-            info = request.info
-            yield Landing(request, view(typed[info.torch_dtype], info.torch_shape, offset), memory, offset)
-            offset += info.size_bytes
+        piece = target.empty((ends[-1],), torch.uint8)
+        typed = {dtype: piece.view(dtype) for dtype in {request.info.torch_dtype for request in sharing}}
+    memory = _memory_of(piece, target.is_host_memory(piece))
+    offsets = iter((0, *ends))
+    for request, given in run:
+        if _shares(request, given):
+            info, offset = request.info, next(offsets)
+            with _normal():
+                tensor = view(typed[info.torch_dtype], info.torch_shape, offset)
+            yield Landing(request, tensor, memory, offset)
+        else:
+            yield _landing(request, given, target)
 
 
-def _typed(piece: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """As much of flat bytes as numbers of a type fill."""
-    left_over = size % dtype.itemsize
-    return (piece[:-left_over] if left_over else piece).view(dtype)
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _landing(request: Request, given: Tensor | Room | None, target: Target) -> Landing:
     if isinstance(given, Room):
         _check_given(request, given.tensor, target)
-        in_host_memory = target.is_host_memory(given.memory)
         return Landing(
-            request, given.tensor, given.memory.numpy().data if in_host_memory else given.memory, given.offset
+            request, given.tensor, _memory_of(given.memory, target.is_host_memory(given.memory)), given.offset
         )
     with _normal():
         if given is None:
@@ -172,9 +177,12 @@ def _landing(request: Request, given: Tensor | Room | None, target: Target) -> L
             _check_given(request, given, target)
             tensor = given.detach()
         data = tensor.reshape(-1).view(torch.uint8)
-    in_host_memory = target.is_host_memory(tensor)
-    memory = data.numpy().data if in_host_memory else data
-    return Landing(request, tensor if given is None else given, memory)
+    return Landing(request, tensor if given is None else given, _memory_of(data, target.is_host_memory(tensor)))
+
+
+def _memory_of(data: Tensor, is_host_memory: bool) -> Any:
+    """Flat bytes as a ``Landing`` has its target."""
+    return data.numpy().data if is_host_memory else data
 
 
 def _normal() -> contextlib.AbstractContextManager[None]:

@@ -632,6 +632,24 @@ def test_neighbours_may_share_memory_and_hold_the_same_bits(file, path_to_memory
     assert all(tensor.data_ptr() % 16 == 0 for tensor in got.values() if tensor.numel())
 
 
+def test_what_lies_between_neighbours_keeps_its_own_memory(file, path_to_memory, sizes):
+    """Weights that share memory have biases between them that are read to their places."""
+    sizes(200, slots=3)
+    tensors = {f"{n:02}": random_tensor(torch.uint8, (48,), n) for n in range(16)}
+    a = file({name: tensors[name] for name in tensors if name < "08"}, "a.safetensors")
+    b = file({name: tensors[name] for name in tensors if name >= "08"}, "b.safetensors")
+    places = {name: torch.empty(48, dtype=torch.uint8) for name in ("01", "02", "05", "10")}
+    asked = [*shared(a), *shared(b)]
+    results = read_staged(asked, device="cpu", allocate=lambda request: places.get(request.tag))
+    got = {request.tag: tensor for request, tensor in results}
+    assert list(got) == list(tensors)
+    assert all(same(got[name], tensors[name]) for name in tensors)
+    assert all(got[name].data_ptr() == place.data_ptr() for name, place in places.items())
+    storages = {name: got[name].untyped_storage().data_ptr() for name in tensors if name not in places}
+    assert len(set(storages.values())) == 2, "one piece for each file"
+    assert storages["00"] == storages["07"] != storages["08"] == storages["15"]
+
+
 def test_a_piece_that_is_cut_short_gives_the_tensors_before_the_end(file, path_to_memory, sizes):
     sizes(1 << 16)
     header = file({f"{n:02}": random_tensor(torch.uint8, (32,), n) for n in range(20)})
