@@ -10,7 +10,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ _ALIGNMENT = 16
 _PIECE_BYTES = 256 * 1024 * 1024
 
 Allocate = Callable[[Request], Tensor | Room | None]
-# a request and what its bytes are to go to
-_Given = tuple[Request, Tensor | Room | None]
+# a request, the memory that it was given, and where it lies in a piece that it shares
+_Planned = tuple[Request, Tensor | Room | None, int | None]
 
 
 def read_staged(
@@ -105,63 +104,57 @@ def _plan(
         if chunk is not None and not chunk.continued_by(landing):
             yield chunk
             chunk = None
-        offset, end = 0, False
-        while not end:
+        offset, size = 0, request.info.size_bytes
+        while True:
             if chunk is None:
                 begin = request.info.begin + offset
                 chunk = Chunk(request.file, begin, landing.in_host_memory, limit=readers.chunk_bytes)
             offset += chunk.add(landing, offset)
-            end = offset == request.info.size_bytes
             if chunk.full:
                 yield chunk
                 chunk = None
+            if offset == size:
+                break
     if chunk is not None:
         yield chunk
 
 
 def _landings(requests: Iterable[Request], target: Target, allocate: Allocate) -> Generator[Landing, None, None]:
     """Memory for every request, in their order; near neighbours of a file that may share it do."""
-    run: list[_Given] = []
-    size = 0
+    run: list[_Planned] = []
+    # bytes of the run in the file, and in its piece
+    span = size = 0
     for request in requests:
-        given = allocate(request)
-        if run and (request.file is not run[0][0].file or size + request.info.size_bytes > _PIECE_BYTES):
-            yield from _of_run(run, target)
-            run, size = [], 0
-        if run or _shares(request, given):
-            run.append((request, given))
-            size += request.info.size_bytes
-        else:
+        given, count = allocate(request), request.info.size_bytes
+        if run and (request.file is not run[0][0].file or span + count > _PIECE_BYTES):
+            yield from _of_run(run, size, target)
+            run, span, size = [], 0, 0
+        shares = given is None and request.shared
+        if not run and not shares:
             yield _landing(request, given, target)
+            continue
+        run.append((request, given, size if shares else None))
+        span += count
+        if shares:
+            size += -(-count // _ALIGNMENT) * _ALIGNMENT
     if run:
-        yield from _of_run(run, target)
+        yield from _of_run(run, size, target)
 
 
-def _shares(request: Request, given: Tensor | Room | None) -> bool:
-    return given is None and request.shared
-
-
-def _of_run(run: Sequence[_Given], target: Target) -> Iterator[Landing]:
+def _of_run(run: Sequence[_Planned], size: int, target: Target) -> Iterator[Landing]:
     """Landings of requests of which those that may share one piece of memory, whatever lies between them."""
-    sharing = [request for request, given in run if _shares(request, given)]
-    ends = list(accumulate(_aligned(request.info.size_bytes) for request in sharing))
+    sharing = [(request.info, offset) for request, _, offset in run if offset is not None]
     with _normal():
-        piece = target.empty((ends[-1],), torch.uint8)
-        typed = {dtype: piece.view(dtype) for dtype in {request.info.torch_dtype for request in sharing}}
+        piece = target.empty((size,), torch.uint8)
+        typed = {dtype: piece.view(dtype) for dtype in {info.torch_dtype for info, _ in sharing}}
+        views = deque(view(typed[info.torch_dtype], info.torch_shape, offset) for info, offset in sharing)
     memory = _memory_of(piece, target.is_host_memory(piece))
-    offsets = iter((0, *ends))
-    for request, given in run:
-        if _shares(request, given):
-            info, offset = request.info, next(offsets)
-            with _normal():
-                tensor = view(typed[info.torch_dtype], info.torch_shape, offset)
-            yield Landing(request, tensor, memory, offset)
-        else:
+    for request, given, offset in run:
+        if offset is None:
             yield _landing(request, given, target)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+        else:
+            # taken out: a tensor is the consumer's alone once it is handed over
+            yield Landing(request, views.popleft(), memory, offset)
 
 
 def _landing(request: Request, given: Tensor | Room | None, target: Target) -> Landing:
