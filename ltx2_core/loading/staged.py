@@ -48,8 +48,8 @@ def read_staged(
     A tensor has the file's dtype and shape; one of a type that torch lacks is uint8 [size in bytes]. It is ready for
     the stream that is current when the first one is asked for. Requests that follow one another in a file are read together.
 
-    requests: taken one by one, at most ``ring.DEPTH`` chunks, and those that share a piece of memory, ahead of the tensor
-    that is handed over.
+    requests: taken one by one, at most ``ring.DEPTH`` chunks, and those that share a piece of memory with all between
+    them, ahead of the tensor that is handed over.
     allocate: called with a request as it is taken; returns a contiguous tensor of its dtype and shape that the bytes go
     to, on ``device`` or in host memory, or a Room with one, or None for memory of their own.
     on_bytes: called with the number of bytes read since its last call, between two tensors. stopped: polled, from other
