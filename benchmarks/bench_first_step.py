@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -43,6 +42,7 @@ from ltx2_engine.ltx2_core.standalone import StandaloneHost
 from ltx2_engine.ltx2_core.transformer.model import Transformer
 from random_files import write_gemma, write_lora, write_transformer
 from report import Row, write
+from temporary import temporary_folder
 from timing import default_device, settle
 
 CLIP = ClipShape(121, 512, 768, 24.0)
@@ -122,18 +122,18 @@ def main() -> None:
     text_layers = options.layers or 48
     model = ModelConfig.from_config(config, text_layers + 1, ())
     with (
-        tempfile.TemporaryDirectory(dir=options.folder) as folder,
-        tempfile.TemporaryDirectory(dir=options.text_folder) as text,
-        tempfile.TemporaryDirectory() as kernels,
-        patch.dict(os.environ, {"TRITON_CACHE_DIR": kernels}),
+        temporary_folder(options.folder) as folder,
+        temporary_folder(options.text_folder) as text,
+        temporary_folder() as kernels,
+        patch.dict(os.environ, {"TRITON_CACHE_DIR": str(kernels)}),
         use_host(StandaloneHost(progress="quiet")),
         torch.inference_mode(),
     ):
-        checkpoint, lora = Path(folder) / "model.safetensors", Path(folder) / "lora.safetensors"
+        checkpoint, lora = folder / "model.safetensors", folder / "lora.safetensors"
         write_transformer(checkpoint, config, model, options.version, NETWORKS)
         write_lora(lora, model, 384)
-        write_gemma(Path(text), text_layers)
-        spec = ModelSpec.of(checkpoint, Path(text), dtype="bfloat16", device=str(default_device()))
+        write_gemma(text, text_layers)
+        spec = ModelSpec.of(checkpoint, text, dtype="bfloat16", device=str(default_device()))
         rows = measure(spec, lora, options.repeat)
     print(write(options.out, f"first_step_{options.version}", rows).read_text())
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -36,6 +35,7 @@ from ltx2_engine.ltx2_core.networks import build_on_meta
 from random_files import write_lora, write_transformer
 from report import Row, write
 from safetensors import safe_open
+from temporary import temporary_folder
 
 DEVICE = torch.device("cuda")
 PROBE = "blocks.7.video.attn1.to_q.weight"
@@ -164,8 +164,8 @@ def main() -> None:
         config["transformer"]["num_layers"] = options.layers
     model = ModelConfig.from_config(config, 49, ())
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder, torch.no_grad():
-        path, lora = Path(folder) / "transformer.safetensors", Path(folder) / "lora.safetensors"
+    with temporary_folder(options.folder) as folder, torch.no_grad():
+        path, lora = folder / "transformer.safetensors", folder / "lora.safetensors"
         rows.append(
             Row("writing the files", timed(lambda: write_transformer(path, config, model, options.version)), "s")
         )

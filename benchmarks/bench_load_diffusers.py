@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from diffusers import LTX2VideoTransformer3DModel
 from random_files import write_random
 from report import RESULTS, Row, hardware, write
 from safetensors import safe_open
+from temporary import temporary_folder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAME = "diffusion_pytorch_model"
@@ -194,8 +194,7 @@ def main() -> None:
         config["num_layers"] = options.layers
     with torch.device("meta"):
         model = LTX2VideoTransformer3DModel(**config)
-    with tempfile.TemporaryDirectory(dir=options.folder) as name, torch.no_grad():
-        folder = Path(name)
+    with temporary_folder(options.folder) as folder, torch.no_grad():
         writing, size = timed(lambda: write_transformer(folder, model))
         lora_size = write_lora(folder / LORA, model, options.rank)
         check(folder)

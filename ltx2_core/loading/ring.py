@@ -8,8 +8,7 @@ Copies are begun by the consumer, whenever it comes to ask for more: Python's th
 ends a thread's turn, and the next is long in coming while the consumer is busy. A reader needs one turn a stretch.
 
 All slots together are small, for the processor's last cache: what a thread has written there the device then reads from
-there. Through slots that go by way of the memory, threads read half as fast (one H200: 40 GB/s where these reach 54, the
-link's rate).
+there. Through larger ones every byte would go by way of the memory twice, which threads and device share.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ _MIN_THREADS = 4
 # for whoever consumes the tensors (it makes memory for them and merges LoRAs) and for the rest of the program: readers of
 # cached files copy all the time, and with one on every core the thread that they all wait for runs late
 _OTHER_CORES = 2
-# how long a chunk may take before the next ones are smaller, and within what time they may be larger
+# how long a stretch may take before the next chunks are smaller, and within what time they may be larger
 _SLOW_SECONDS, _FAST_SECONDS = 0.25, 0.05
 _POLL_SECONDS = 0.05
 
@@ -68,8 +67,8 @@ _POSITIONED = hasattr(os, "preadv")
 class Request(NamedTuple):
     """A tensor to be read.
 
-    tag: the caller's, handed back with the tensor. shared: it may lie in one piece of memory with its neighbours in the
-    file, which goes when all of them do; good for small tensors and for those that are needed for a moment only.
+    tag: the caller's, handed back with the tensor. shared: it may lie in one piece of memory with others near
+    it in the file, which goes when all of them do; good for small tensors and for those that are needed for a moment only.
     """
 
     file: Checkpoint
@@ -158,8 +157,11 @@ class Chunk:
 
     def continued_by(self, landing: Landing) -> bool:
         request = landing.request
-        here = self.file, self.begin + self.size, self.in_host_memory
-        return here == (request.file, request.info.begin, landing.in_host_memory)
+        return (
+            self.begin + self.size == request.info.begin
+            and self.file is request.file
+            and self.in_host_memory == landing.in_host_memory
+        )
 
     def add(self, landing: Landing, offset: int) -> int:
         """Append a tensor's bytes from ``offset`` on, as many as there is room for; returns how many."""
@@ -330,6 +332,8 @@ def target_of(device: torch.device) -> Target:
 @dataclass(eq=False)
 class _Slot:
     memory: PinnedMemory | None = None
+    # the same bytes for os.preadv, which is asked often
+    buffer: memoryview | None = None
     event: Any = None
 
 
@@ -349,6 +353,10 @@ class _Files:
 
     def get(self, checkpoint: Checkpoint) -> FileIO:
         key = checkpoint, 0 if _POSITIONED else threading.get_ident()
+        file = self._open.get(key)
+        if file is not None:
+            # nearly always; without the lock, for which threads would wait in turn
+            return file
         with self._lock:
             if key not in self._open:
                 file = FileIO(checkpoint.path)
@@ -525,18 +533,18 @@ class Readers:
             self._read(chunk, stretch, [target[begin:end] for target, begin, end in chunk.within(stretch)])
             self._fetched.put((chunk, stretch, None))
         else:
-            memory = self._emptied(slot)
-            self._read(chunk, stretch, [memory.numpy().data[: stretch.end - stretch.begin]])
+            self._read(chunk, stretch, [self._emptied(slot)[: stretch.end - stretch.begin]])
             self._fetched.put((chunk, stretch, slot))
 
-    def _emptied(self, slot: _Slot) -> Tensor:
+    def _emptied(self, slot: _Slot) -> memoryview:
         """The slot's memory when nothing is copied from it any more."""
-        if slot.memory is None:
+        if slot.buffer is None:
             slot.memory = self._target.slot(SLOT_BYTES)
+            slot.buffer = slot.memory.memory.numpy().data
         # asking does not end the thread's turn, waiting does
         if slot.event is not None and not slot.event.query():
             slot.event.synchronize()
-        return slot.memory.memory
+        return slot.buffer
 
     def _read(self, chunk: Chunk, stretch: Stretch, buffers: Sequence[memoryview]) -> None:
         started, size = time.monotonic(), stretch.end - stretch.begin

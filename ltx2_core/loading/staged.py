@@ -9,7 +9,8 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ log = logging.getLogger("ltx2.loading")
 _LOGGED_BYTES = 64 * 1024 * 1024
 # of tensors that share a piece of memory
 _ALIGNMENT = 16
-# of such a piece at most: making one takes as long as reading a megabyte
+# of what lies between the ends of such a piece in the file, at most; a device is asked for memory once for all of it
 _PIECE_BYTES = 256 * 1024 * 1024
 
 Allocate = Callable[[Request], Tensor | Room | None]
+# a request, the memory that it was given, and where it lies in a piece that it shares
+_Planned = tuple[Request, Tensor | Room | None, int | None]
 
 
 def read_staged(
@@ -45,8 +48,8 @@ def read_staged(
     A tensor has the file's dtype and shape; one of a type that torch lacks is uint8 [size in bytes]. It is ready for
     the stream that is current when the first one is asked for. Requests that follow one another in a file are read together.
 
-    requests: taken one by one, at most ``ring.DEPTH`` chunks, and those that share a piece of memory, ahead of the tensor
-    that is handed over.
+    requests: taken one by one, at most ``ring.DEPTH`` chunks, and those that share a piece of memory with all between
+    them, ahead of the tensor that is handed over.
     allocate: called with a request as it is taken; returns a contiguous tensor of its dtype and shape that the bytes go
     to, on ``device`` or in host memory, or a Room with one, or None for memory of their own.
     on_bytes: called with the number of bytes read since its last call, between two tensors. stopped: polled, from other
@@ -101,69 +104,64 @@ def _plan(
         if chunk is not None and not chunk.continued_by(landing):
             yield chunk
             chunk = None
-        offset, end = 0, False
-        while not end:
+        offset, size = 0, request.info.size_bytes
+        while True:
             if chunk is None:
                 begin = request.info.begin + offset
                 chunk = Chunk(request.file, begin, landing.in_host_memory, limit=readers.chunk_bytes)
             offset += chunk.add(landing, offset)
-            end = offset == request.info.size_bytes
             if chunk.full:
                 yield chunk
                 chunk = None
+            if offset == size:
+                break
     if chunk is not None:
         yield chunk
 
 
 def _landings(requests: Iterable[Request], target: Target, allocate: Allocate) -> Generator[Landing, None, None]:
-    """Memory for every request; neighbours in a file that may share it do."""
-    run: list[Request] = []
-    size = 0
+    """Memory for every request, in their order; near neighbours of a file that may share it do."""
+    run: list[_Planned] = []
+    # bytes of the run in the file, and in its piece
+    span = size = 0
     for request in requests:
-        given = allocate(request)
+        given, count = allocate(request), request.info.size_bytes
+        if run and (request.file is not run[0][0].file or span + count > _PIECE_BYTES):
+            yield from _of_run(run, size, target)
+            run, span, size = [], 0, 0
         shares = given is None and request.shared
-        fits = size + request.info.size_bytes <= _PIECE_BYTES and size % _ALIGNMENT == 0
-        if run and not (shares and fits and _follows(run[-1], request)):
-            yield from _in_one_piece(run, size, target)
-            run, size = [], 0
-        if shares:
-            run.append(request)
-            size += request.info.size_bytes
-        else:
+        if not run and not shares:
             yield _landing(request, given, target)
+            continue
+        run.append((request, given, size if shares else None))
+        span += count
+        if shares:
+            size += -(-count // _ALIGNMENT) * _ALIGNMENT
     if run:
-        yield from _in_one_piece(run, size, target)
+        yield from _of_run(run, size, target)
 
 
-def _follows(before: Request, request: Request) -> bool:
-    return (before.file, before.info.end) == (request.file, request.info.begin)
-
-
-def _in_one_piece(run: list[Request], size: int, target: Target) -> Iterator[Landing]:
+def _of_run(run: Sequence[_Planned], size: int, target: Target) -> Iterator[Landing]:
+    """Landings of requests of which those that may share one piece of memory, whatever lies between them."""
+    sharing = [(request.info, offset) for request, _, offset in run if offset is not None]
     with _normal():
         piece = target.empty((size,), torch.uint8)
-        in_host_memory = target.is_host_memory(piece)
-        memory = piece.numpy().data if in_host_memory else piece
-        offset = 0
-        typed = {dtype: _typed(piece, size, dtype) for dtype in {request.info.torch_dtype for request in run}}
-        for request in run:
-            info = request.info
-            yield Landing(request, view(typed[info.torch_dtype], info.torch_shape, offset), memory, offset)
-            offset += info.size_bytes
-
-
-def _typed(piece: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """As much of flat bytes as numbers of a type fill."""
-    left_over = size % dtype.itemsize
-    return (piece[:-left_over] if left_over else piece).view(dtype)
+        typed = {dtype: piece.view(dtype) for dtype in {info.torch_dtype for info, _ in sharing}}
+        views = deque(view(typed[info.torch_dtype], info.torch_shape, offset) for info, offset in sharing)
+    memory = _memory_of(piece, target.is_host_memory(piece))
+    for request, given, offset in run:
+        if offset is None:
+            yield _landing(request, given, target)
+        else:
+            # taken out: a tensor is the consumer's alone once it is handed over
+            yield Landing(request, views.popleft(), memory, offset)
 
 
 def _landing(request: Request, given: Tensor | Room | None, target: Target) -> Landing:
     if isinstance(given, Room):
         _check_given(request, given.tensor, target)
-        in_host_memory = target.is_host_memory(given.memory)
         return Landing(
-            request, given.tensor, given.memory.numpy().data if in_host_memory else given.memory, given.offset
+            request, given.tensor, _memory_of(given.memory, target.is_host_memory(given.memory)), given.offset
         )
     with _normal():
         if given is None:
@@ -172,9 +170,12 @@ def _landing(request: Request, given: Tensor | Room | None, target: Target) -> L
             _check_given(request, given, target)
             tensor = given.detach()
         data = tensor.reshape(-1).view(torch.uint8)
-    in_host_memory = target.is_host_memory(tensor)
-    memory = data.numpy().data if in_host_memory else data
-    return Landing(request, tensor if given is None else given, memory)
+    return Landing(request, tensor if given is None else given, _memory_of(data, target.is_host_memory(tensor)))
+
+
+def _memory_of(data: Tensor, is_host_memory: bool) -> Any:
+    """Flat bytes as a ``Landing`` has its target."""
+    return data.numpy().data if is_host_memory else data
 
 
 def _normal() -> contextlib.AbstractContextManager[None]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -53,7 +52,10 @@ Part = tuple[int | None, str]
 
 @dataclass(eq=False, slots=True)
 class _Task:
-    """A weight on its way to a state: what it still has to ask of the files, in how many parts, and what has landed."""
+    """A weight on its way to a state: what it still has to ask of the files, in how many parts, and what has landed.
+
+    base: its value without changes, once that was asked for.
+    """
 
     slot: Slot
     goal: State
@@ -61,6 +63,7 @@ class _Task:
     needs: list[Request] = field(default_factory=list)
     parts: int = 0
     landed: dict[Part, Tensor] = field(default_factory=dict)
+    base: Value | None = None
 
     def asked(self) -> list[Request]:
         """The requests, once: they know their task, and a task that knew them too would live until the collector comes."""
@@ -336,7 +339,7 @@ class WeightStore:
                 self.pristine.drop_base(slot.name)
         if goal.beside or (before is not None and before.beside):
             self._set_branches(task)
-        slot.state = goal
+        slot.state, task.base = goal, None
         task.landed.clear()
 
     def _stored(self, task: _Task) -> Value:
@@ -346,6 +349,11 @@ class WeightStore:
 
     def _base(self, task: _Task) -> Value:
         """The weight without changes, in the form in which the network holds it."""
+        if task.base is None:
+            task.base = self._new_base(task)
+        return task.base
+
+    def _new_base(self, task: _Task) -> Value:
         slot, weight = task.slot, task.slot.source.weight
         kept = slot.value() if slot.state is not None and not slot.state.merged else self.pristine.base(slot.name)
         if kept is not None:
@@ -365,13 +373,13 @@ class WeightStore:
 
     def _merge(self, task: _Task) -> Value:
         slot, weight = task.slot, task.slot.source.weight
-        add = partial(add_deltas, parity=task.changes.parity)
+        parity = task.changes.parity
         parts = [
             (change.layer, {role: task.landed[number, role] for role in change.infos}, change.strength)
             for number, change in enumerate(task.changes.items)
         ]
         if slot.quantized:
-            return quantized(add(self._stored(task)["data"], parts))
+            return quantized(add_deltas(self._stored(task)["data"], parts, parity=parity))
         # streamed blocks lie in host memory, what changes them lands on the device
         base = {
             role: part if part.device == self.device else part.to(self.device, non_blocking=True)
@@ -379,7 +387,8 @@ class WeightStore:
         }
         if not slot.packed:
             data = base["data"]
-            return {"data": add(data, parts, dtype=data.dtype, out=self._place(task, data))}
+            out = self._place(task, data)
+            return {"data": add_deltas(data, parts, parity=parity, dtype=data.dtype, out=out)}
         unpacked = unpack(weight.format, base, weight.shape, torch.float32)
         merged = add_deltas(unpacked, parts)
         if weight.format in REPACKABLE:

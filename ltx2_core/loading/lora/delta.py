@@ -46,7 +46,7 @@ def add_deltas(
         return changed.to(dtype) if out is None else out.copy_(changed)
     total: Tensor | None = None
     for layer, tensors, strength in parts:
-        if any(role in tensors for role in BIAS_ROLES):
+        if not tensors.keys().isdisjoint(BIAS_ROLES):
             total = _add_bias(total, weight, tensors, strength)
         elif layer.decomposed:
             total = add_decomposed(total, weight, KINDS[layer.kind], tensors, layer.scale, strength)

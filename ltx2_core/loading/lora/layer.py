@@ -47,7 +47,7 @@ class LoraLayer:
     @property
     def decomposed(self) -> bool:
         """Whether the weight's magnitudes are replaced too (DoRA)."""
-        return any(role in self.tensors for role in MAGNITUDE_ROLES)
+        return not self.tensors.keys().isdisjoint(MAGNITUDE_ROLES)
 
     @property
     def low_rank(self) -> bool:
