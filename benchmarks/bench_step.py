@@ -2,7 +2,7 @@
 
 python benchmarks/bench_step.py
 python benchmarks/bench_step.py --shapes 512x768x121 --peers diffusers --modes exact
-python benchmarks/bench_step.py --guided     (steps of several passes against one forward)
+python benchmarks/bench_step.py --guided [four] [hq] [stop]     (steps of several passes against one forward)
 python benchmarks/bench_step.py --quality    (what eight bits cost)
 python benchmarks/bench_step.py --profile    (where the time of a step goes, as text beside the results)
 python benchmarks/bench_step.py --check      (only the comparison with plain torch and with float32)
@@ -33,7 +33,7 @@ from own_model import drawing, numerics, random_transformer, step_of
 from report import Row, hardware, write
 from shapes import LARGE, MIDDLE, SHAPES, SMALL, STAGE_1, TINY, Shape
 from step_check import Reference, check, refuse_unless_finite
-from step_guided import guided, stop
+from step_guided import GUIDED
 from step_profile import profile
 from step_quality import Quality
 from timing import GIB, Measured, Stopwatch, allocated, clean, default_device
@@ -246,7 +246,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--seconds", type=float, default=4.0, help="of repetitions at each shape and visit")
     parser.add_argument("--layers", type=int, help="fewer blocks, for a small card")
-    parser.add_argument("--guided", action="store_true")
+    parser.add_argument("--guided", nargs="*", choices=GUIDED, help="guided steps: all of them, or the named ones")
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--check", action="store_true")
@@ -261,7 +261,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         print(f"{peer} is not installed: measured without it")
     with torch.no_grad():
         rows = checked(setting, options.modes)
-        if options.guided or options.quality or options.profile:
+        if options.guided is not None or options.quality or options.profile:
             rows += parts(setting, options)
         elif not options.check:
             rows += compare(setting, options.modes, peers).rows(full_size=not options.tiny and not options.layers)
@@ -272,14 +272,16 @@ def main(arguments: list[str] | None = None) -> list[Row]:
 def parts(setting: Setting, options: argparse.Namespace) -> list[Row]:
     """What was asked for beside the comparison with others, each a result of its own."""
     clean(setting.device)
-    model, found = random_transformer(setting.model, setting.device), {"guided": [], "quality": []}
+    model = random_transformer(setting.model, setting.device)
+    asked = list(GUIDED) if options.guided == [] else options.guided or []
+    guided = "_".join(options.guided or ["guided"])
+    found: dict[str, list[Row]] = {guided: [], "quality": []}
     quality = Quality(setting)
     for mode in options.modes:
         numerics()[mode](model)
         who = f"{OURS} {mode}"
-        if options.guided:
-            found["guided"] += guided(setting, model, who)
-            found["guided"] += stop(setting, model, who)
+        for one in asked:
+            found[guided] += GUIDED[one](setting, model, who)
         if options.quality:
             found["quality"] += quality.rows(mode, model)
         if options.profile:

@@ -22,15 +22,17 @@ from timing import Measured, allocated, clean, settle
 STOP_AFTER = 0.7
 
 
-def guided(setting: Any, model: Transformer, who: str) -> Iterator[Row]:
-    """Rows of guided steps. setting: of bench_step.py. who: begins the names. Raises WrongResult where passes are not what they should be."""
+def four(setting: Any, model: Transformer, who: str) -> Iterator[Row]:
+    """Rows of the guided preset's four passes. Raises WrongResult where passes are not what they should be."""
+    passes = preset("guided 2.3/2.5", (setting.stg_block,))
     weights = allocated(setting.device)
-    four = preset("guided 2.3/2.5", (setting.stg_block,))
-    hq = preset("hq")
-    yield from compared(setting, model, setting.guided, f"{who}, guided", four, ("split",), weights, "<= 3.42")
-    yield from compared(
-        setting, model, setting.stage_1, f"{who}, HQ stage 1", hq, ("split", "batched"), weights, "<= 2.97"
-    )
+    yield from compared(setting, model, setting.guided, f"{who}, guided", passes, ("split",), weights, "<= 3.42")
+
+
+def hq(setting: Any, model: Transformer, who: str) -> Iterator[Row]:
+    """Rows of the HQ preset's first stage, its passes one after the other and at once. Raises WrongResult."""
+    both, weights = ("split", "batched"), allocated(setting.device)
+    yield from compared(setting, model, setting.stage_1, f"{who}, HQ stage 1", preset("hq"), both, weights, "<= 2.97")
 
 
 class Stopped(Exception):
@@ -61,6 +63,9 @@ def stop(setting: Any, model: Transformer, who: str) -> Iterator[Row]:
     what = f"{setting.stopped}: {who}, 4 passes: stop"
     yield Row(f"{what}, control is back", back - wished[0], "s", "<= 1")
     yield Row(f"{what}, the device is idle", time.perf_counter() - wished[0], "s", "<= 1")
+
+
+GUIDED = {"four": four, "hq": hq, "stop": stop}
 
 
 def preset(name: str, stg_blocks: tuple[int, ...] = ()) -> StreamGuidance:
