@@ -152,7 +152,8 @@ def random_weights(device: str) -> Iterator[None]:
         for request in requests:
             if stopped is not None and stopped():
                 raise Interrupted("the reading was stopped")
-            tensor = None if allocate is None else allocate(request)
+            given = None if allocate is None else allocate(request)
+            tensor = given.tensor if isinstance(given, staged.Room) else given
             if tensor is None:
                 tensor = torch.empty(request.info.torch_shape, dtype=request.info.torch_dtype, device=device)
             generator.manual_seed(zlib.crc32(request.info.name.encode()))
