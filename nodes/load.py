@@ -113,66 +113,14 @@ class LTX2LoadModel:
         }
 
     @classmethod
-    def IS_CHANGED(
-        cls,
-        checkpoint,
-        text_encoder,
-        dtype="auto",
-        device="auto",
-        video_vae=FROM_CHECKPOINT,
-        audio_vae=FROM_CHECKPOINT,
-        text_projection=FROM_CHECKPOINT,
-        memory_limit=0.0,
-        numerics="exact",
-        gpus=1,
-        topology="auto",
-    ):
-        return str(
-            _spec(
-                checkpoint,
-                text_encoder,
-                dtype,
-                device,
-                video_vae,
-                audio_vae,
-                text_projection,
-                memory_limit,
-                numerics,
-                gpus,
-                topology,
-            )
-        )
+    def IS_CHANGED(cls, **inputs):
+        return str(_spec(**inputs))
 
     @classmethod
-    def execute(
-        cls,
-        checkpoint,
-        text_encoder,
-        dtype="auto",
-        device="auto",
-        video_vae=FROM_CHECKPOINT,
-        audio_vae=FROM_CHECKPOINT,
-        text_projection=FROM_CHECKPOINT,
-        memory_limit=0.0,
-        numerics="exact",
-        gpus=1,
-        topology="auto",
-    ):
+    def execute(cls, **inputs):
         from ..ltx2_core.handles import ModelHandle, open_engine
 
-        spec = _spec(
-            checkpoint,
-            text_encoder,
-            dtype,
-            device,
-            video_vae,
-            audio_vae,
-            text_projection,
-            memory_limit,
-            numerics,
-            gpus,
-            topology,
-        )
+        spec = _spec(**inputs)
         # the node is done while its threads read, and prompts are encoded meanwhile
         return (ModelHandle(spec, open_engine(spec)).start(),)
 
@@ -180,16 +128,17 @@ class LTX2LoadModel:
 def _spec(
     checkpoint,
     text_encoder,
-    dtype,
-    device,
-    video_vae,
-    audio_vae,
-    text_projection,
-    memory_limit,
+    dtype="auto",
+    device="auto",
+    video_vae=FROM_CHECKPOINT,
+    audio_vae=FROM_CHECKPOINT,
+    text_projection=FROM_CHECKPOINT,
+    memory_limit=0.0,
     numerics="exact",
     gpus=1,
     topology="auto",
 ):
+    """What the node's inputs stand for; their defaults are here."""
     spec = ModelSpec.of(
         _resolved(_CHECKPOINT, checkpoint),
         host().resolve_text_encoder(text_encoder),

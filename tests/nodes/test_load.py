@@ -168,7 +168,8 @@ def test_gpus_that_cannot_be_used_are_refused(models, present, choices, says):
 def test_reading_begins_before_another_node_asks(models):
     """Text encoder and transformer arrive without a use; the decoders wait for theirs."""
     with use_host(StandaloneHost([models], progress="quiet")):
-        [handle] = LTX2LoadModel.execute(checkpoint_file("2.3"), TEXT_ENCODER, device="cpu")
+        files = {"checkpoint": checkpoint_file("2.3"), "text_encoder": TEXT_ENCODER}
+        [handle] = LTX2LoadModel.execute(**files, device="cpu")
         engine = handle.engine
         parts = engine._text_encoder, engine._networks["transformer"]
         deadline = time.monotonic() + 60
