@@ -13,77 +13,14 @@ as ``enhance`` draws them; a token's time is the median, of the slowest rank. By
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pack  # noqa: F401
 import torch
-from enhance_worker import Plan, decoder_of, topologies_of
 from ltx2_engine.ltx2_core.parallel.helix_traffic import table
-from report import Row, write
-
-ENTRY = Path(__file__).with_name("enhance_worker.py")
-# beside what the parent has
-ENVIRONMENT = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-    "NCCL_SOCKET_IFNAME": "lo",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "NCCL_RAS_ENABLE": "0",
-}
-_POLL_SECONDS = 0.1
-
-
-def run_ranks(ranks: int, plan: Plan, seconds: float) -> list[Row]:
-    """Start so many processes and wait for the rows of the first. Raises RuntimeError with the log of one that fails."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        logs = [(folder / f"rank{rank}.log").open("w+") for rank in range(ranks)]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(ENTRY), str(rank), str(ranks), name, json.dumps(asdict(plan))],
-                env={**os.environ, **ENVIRONMENT},
-                stdout=logs[rank],
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(ranks)
-        ]
-        try:
-            failed = first_failure(processes, seconds)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-            written = [read_and_close(log) for log in logs]
-        if failed is not None:
-            raise RuntimeError(f"rank {failed} of {ranks} failed:\n{written[failed][-4000:]}")
-        return [Row(**row) for row in json.loads((folder / "rows.json").read_text(encoding="utf-8"))]
-
-
-def first_failure(processes: list[subprocess.Popen], seconds: float) -> int | None:
-    """The first rank that ended with an error or not in time; None when all are done."""
-    end = time.monotonic() + seconds
-    while any(process.poll() is None for process in processes):
-        failed = [rank for rank, process in enumerate(processes) if process.poll()]
-        if failed:
-            return failed[0]
-        if time.monotonic() > end:
-            return next(rank for rank, process in enumerate(processes) if process.poll() is None)
-        time.sleep(_POLL_SECONDS)
-    return next((rank for rank, process in enumerate(processes) if process.returncode), None)
-
-
-def read_and_close(log) -> str:
-    with log:
-        log.seek(0)
-        return log.read()
+from ranks import run_ranks, shown_and_written
+from ranks_enhance import Plan, decoder_of, topologies_of
+from report import Row
 
 
 def speeds(plan: Plan, ranks: list[int], rows: list[Row]) -> str:
@@ -118,12 +55,11 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         print(f"{count} ranks need {count} GPUs, here are {here}: measured without")
     rows: list[Row] = []
     for count in ranks:
-        rows += run_ranks(count, plan, options.limit)
-    for row in rows:
-        print(f"{row.id}: {row.value:.6g} {row.unit}" + (f" ({row.bar})" if row.bar else ""))
+        # all of them have the first one's rows
+        answer, *_ = run_ranks("ranks_enhance.py", count, plan, patience=options.limit)
+        rows += [Row(**row) for row in answer["rows"]]
+    shown_and_written(rows, options)
     print(speeds(plan, ranks, rows))
-    if not options.tiny:
-        print(write(options.out, options.name, rows))
     return rows
 
 

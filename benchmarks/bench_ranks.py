@@ -12,7 +12,6 @@ between two implementations of attention is the measure.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,16 +20,15 @@ from statistics import median
 from typing import Any
 
 import pack  # noqa: F401
-from ranks import gpus, run_ranks, sizes_here
+from ranks import gpus, run_ranks, shown_and_written, sizes_here, sizes_parser
 from ranks_step import Job
-from report import Row, write
+from report import Row
 from safetensors.torch import load_file
 from shapes import Shape
 from step_check import WrongResult
 from step_quality import psnr
 from timing import GIB
 
-SIZES = (1, 2, 4)
 TOPOLOGIES = ["1x2", "2x1", "1x4", "2x2", "4x1"]
 SMALL, GUIDED, LARGE = (str(Shape(*size, 121)) for size in ((512, 768), (768, 1280), (1024, 1536)))
 # by shape, guided or not, and number of GPUs
@@ -118,13 +116,7 @@ def quality_rows(job: Job, visits: list[Visit]) -> Iterator[Row]:
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of GPUs beside one")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--name", default="ranks_2.3", help="of the result")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
-    options = parser.parse_args(arguments)
+    options = sizes_parser(__doc__, "ranks_2.3", 5).parse_args(arguments)
     sizes = sizes_here(options.sizes)
     with tempfile.TemporaryDirectory() as results:
         job = Job([(SMALL, []), (LARGE, []), (GUIDED, TOPOLOGIES)], SMALL, options.repeats, False, results)
@@ -133,11 +125,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
             job = Job([(small, []), (other, TOPOLOGIES)], small, 1, True, results)
         visits = [visit(size, job) for size in sizes]
         rows = [*rows_of(job, visits), *quality_rows(job, visits)]
-    for row in rows:
-        print(f"{row.id}: {row.value:.6g} {row.unit}" + (f" ({row.bar})" if row.bar else ""))
-    if not options.tiny:
-        print(write(options.out, options.name, rows))
-    return rows
+    return shown_and_written(rows, options)
 
 
 if __name__ == "__main__":

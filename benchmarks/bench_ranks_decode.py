@@ -11,26 +11,22 @@ are no figures where frames are not finite or are not those of one GPU: in float
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import pack  # noqa: F401
 from ltx2_engine.ltx2_core.parallel.shared_memory import Segment
 from ltx2_engine.ltx2_core.testing import cosine, relative_error
-from ranks import gpus, run_ranks, sizes_here
+from ranks import gpus, run_ranks, shown_and_written, sizes_here, sizes_parser
 from ranks_decode import Job, frames_place
-from report import Row, write
+from report import Row
 from shapes import LARGE, Shape
 from step_check import WrongResult, lowest
 from timing import GIB
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-SIZES = (1, 2, 4)
 BARS = {2: ">= 1.7", 4: ">= 3.0"}
 # of frames from 0 to 1, in float32: a convolution of fewer rows may sum in another order
 TOLERANCE = 1e-5
@@ -125,15 +121,10 @@ def rows_of(job: Job, visits: list[Visit]) -> Iterator[Row]:
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sizes_parser(__doc__, "ranks_decode_2.3", 7)
     parser.add_argument("--shape", type=Shape.parse, default=LARGE)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of GPUs beside one")
-    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--free", type=float, default=1024.0, metavar="GIB", help="that a rank's plan may count on")
     parser.add_argument("--chunk", type=int, default=0, help="frames of a piece in place of the plan's")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--name", default="ranks_decode_2.3", help="of the result")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args(arguments)
     job = Job(str(options.shape), str(Shape(192, 256, 49)), options.repeats, options.free, False, options.chunk)
     if options.tiny:
@@ -148,11 +139,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
             visits.append(visit(size, job, bands))
             rows += same(size, job, bands, whole)
     rows += rows_of(job, visits)
-    for row in rows:
-        print(f"{row.id}: {row.value:.6g} {row.unit}" + (f" ({row.bar})" if row.bar else ""))
-    if not options.tiny:
-        print(write(options.out, options.name, rows))
-    return rows
+    return shown_and_written(rows, options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,49 +19,69 @@ import pack  # noqa: F401
 import torch
 from ltx2_engine.ltx2_core.parallel.collectives import GroupCollectives, join, leave
 from ltx2_engine.ltx2_core.parallel.worker_environment import worker_environment
+from report import Row, write
 from timing import settle
 
 HERE = Path(__file__).resolve().parent
+SIZES = (1, 2, 4)
 PATIENCE_SECONDS = 900
 WARM_UPS = 2
 _POLL_SECONDS = 0.1
+# of a failed rank's output
+_LAST_LINES = 40
 
 
-def run_ranks(script: str, size: int, job: Any, descriptors: Sequence[int] = ()) -> list[dict[str, Any]]:
+def run_ranks(
+    script: str, size: int, job: Any, descriptors: Sequence[int] = (), patience: float = PATIENCE_SECONDS
+) -> list[dict[str, Any]]:
     """Have so many ranks run a script of this folder, and return what each has answered.
 
-    job: a dataclass of JSON values, for ``main_of_rank``. descriptors: files that the ranks inherit. Raises SystemExit when
-    one fails or takes too long; the others wait for it.
+    job: a dataclass of JSON values, for ``main_of_rank``. descriptors: files that the ranks inherit. patience: seconds. What
+    the ranks print is shown where they fail only. Raises SystemExit with it when one fails or takes too long; the others end.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
         command = [sys.executable, str(HERE / script), name, *map(str, descriptors)]
-        running = [
-            subprocess.Popen(command, env=worker_environment(os.environ, {}, rank, size, folder), pass_fds=descriptors)
-            for rank in range(size)
-        ]
+        logs = [folder / f"{rank}.log" for rank in range(size)]
+        running: list[subprocess.Popen] = []
         try:
-            _wait(running)
+            for rank, log in enumerate(logs):
+                environment = worker_environment(os.environ, {}, rank, size, folder)
+                with log.open("wb") as output:
+                    running.append(
+                        subprocess.Popen(
+                            command, env=environment, pass_fds=descriptors, stdout=output, stderr=subprocess.STDOUT
+                        )
+                    )
+            failed = _wait(running, patience)
         finally:
             for process in running:
                 process.kill()
                 process.wait()
+        if failed:
+            raise SystemExit(
+                "\n".join(f"rank {rank} of {size} {how}{_end(logs[rank])}" for rank, how in failed.items())
+            )
         return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(size)]
 
 
-def _wait(running: list[subprocess.Popen]) -> None:
-    gives_up = time.monotonic() + PATIENCE_SECONDS
-    while any(process.poll() is None for process in running):
-        if any(process.poll() for process in running) or time.monotonic() > gives_up:
-            break
+def _wait(running: list[subprocess.Popen], patience: float) -> dict[int, str]:
+    """Ranks that failed until the first of them was seen, or that are not done in time, and which of both; else none."""
+    gives_up = time.monotonic() + patience
+    while True:
+        codes = [process.poll() for process in running]
+        failed = {rank: f"failed ({code})" for rank, code in enumerate(codes) if code}
+        if failed or None not in codes:
+            return failed
+        if time.monotonic() > gives_up:
+            return {rank: f"took more than {patience:g} s" for rank, code in enumerate(codes) if code is None}
         time.sleep(_POLL_SECONDS)
-    ended = [process.poll() for process in running]
-    for rank, code in enumerate(ended):
-        if code:
-            raise SystemExit(f"rank {rank} of {len(running)} failed ({code})")
-    if None in ended:
-        raise SystemExit(f"rank {ended.index(None)} of {len(running)} took more than {PATIENCE_SECONDS} s")
+
+
+def _end(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
+    return "\n".join([":", *(f"  {line}" for line in lines)]) if lines else ""
 
 
 def gpus(size: int) -> str:
@@ -76,6 +97,26 @@ def sizes_here(wanted: Sequence[int]) -> list[int]:
     return [size for size in sizes if size <= there]
 
 
+def sizes_parser(description: str | None, name: str, repeats: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that measures several GPUs against one. name, repeats: what they are by default."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of GPUs beside one")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--name", default=name, help="of the result")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    return parser
+
+
+def shown_and_written(rows: list[Row], options: argparse.Namespace) -> list[Row]:
+    """The rows, printed; and written down unless they are of a trial."""
+    for row in rows:
+        print(f"{row.id}: {row.value:.6g} {row.unit}" + (f" ({row.bar})" if row.bar else ""))
+    if not options.tiny:
+        print(write(options.out, options.name, rows))
+    return rows
+
+
 @dataclass(frozen=True)
 class Rank:
     """This process among those that measure together."""
@@ -89,6 +130,11 @@ class Rank:
         if self.size > 1:
             GroupCollectives().all_gather(torch.zeros(1, device=self.device))
         settle(self.device)
+
+    def slowest(self, values: list[float]) -> list[float]:
+        """The largest of all ranks, value by value."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return GroupCollectives().all_gather(mine).amax(0).tolist() if self.size > 1 else values
 
     def times(self, run: Callable[[], Any], repeats: int) -> list[float]:
         """Milliseconds of each repetition, from when all ranks have begun to when this one is done."""

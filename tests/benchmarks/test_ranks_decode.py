@@ -38,12 +38,3 @@ def test_frames_that_are_not_those_of_one_rank_have_no_figures(bench, monkeypatc
     monkeypatch.setattr(bench, "visit", visit)
     with pytest.raises(SystemExit, match=message):
         bench.main(["--tiny", "--sizes", "2"])
-
-
-def test_a_rank_that_fails_ends_the_others(bench, monkeypatch, tmp_path):
-    script = "import os, sys, time\nsys.exit(1) if os.environ['RANK'] == '1' else time.sleep(60)"
-    (tmp_path / "ranks_decode.py").write_text(script)
-    monkeypatch.setattr("ranks.HERE", tmp_path)
-    job = bench.Job("32x32x9", "32x32x9", 1, 1.0, True)
-    with bench.Clips.reserved(job) as clips, pytest.raises(SystemExit, match=r"rank 1 of 2 failed \(1\)"):
-        bench.visit(2, job, clips)

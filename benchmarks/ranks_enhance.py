@@ -1,30 +1,27 @@
 """One rank of bench_enhance.py: reads a prompt and draws tokens in every topology of so many ranks.
 
-Started as ``enhance_worker.py RANK WORLD FOLDER PLAN``; rank 0 writes ``rows.json``.
+python benchmarks/ranks_enhance.py FOLDER    (see ranks.py)
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pack  # noqa: F401
 import torch
 from ltx2_engine.ltx2_core.enhancing_over_ranks import twin
+from ltx2_engine.ltx2_core.parallel.helix_collectives import connect
 from ltx2_engine.ltx2_core.parallel.helix_topology import ONE, Decoder, Ranks, Topology, topologies
 from ltx2_engine.ltx2_core.parallel.helix_traffic import traffic
 from ltx2_engine.ltx2_core.text import gemma
 from ltx2_engine.ltx2_core.text.draw import Draw, Randomness
 from ltx2_engine.ltx2_core.text.enhance import writer
 from random_model import GEMMA_12B, STD
+from ranks import Rank, main_of_rank
 from report import Row
 from timing import settle
 from torch import Tensor
@@ -129,9 +126,9 @@ def forced(model: Any, cache: Any, prompt: Tensor, following: Tensor) -> Tensor:
 class Bench:
     """The model of this rank, what its prompts are, and the scores that all topologies have to give."""
 
-    def __init__(self, plan: Plan, device: torch.device, slowest: Callable[[list[float]], list[float]]) -> None:
-        self.plan, self.device, self.slowest = plan, device, slowest
-        self.text = random_gemma(plan, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    def __init__(self, plan: Plan, rank: Rank) -> None:
+        self.plan, self.rank, self.device = plan, rank, rank.device
+        self.text = random_gemma(plan, self.device, torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.decoder = Decoder.of(self.text.config)
         self.rows: list[Row] = []
         self.want = forced(writer(self.text), self.plain_cache(), *self.check_prompt())
@@ -174,7 +171,7 @@ class Bench:
             shared.forget()
 
     def add(self, name: str, length: int, measured: Measured, topology: Topology) -> None:
-        first, *tokens = self.slowest([measured.first, *measured.tokens])
+        first, *tokens = self.rank.slowest([measured.first, *measured.tokens])
         count, what = traffic(self.decoder, topology, length), f"{name} at {length:,} positions"
         self.rows += [
             Row(f"{what}: speed", 1 / median(tokens), "tokens/s"),
@@ -185,44 +182,17 @@ class Bench:
         ]
 
 
-def main(rank: int, world: int, folder: Path, plan: Plan) -> None:
-    import torch.distributed as dist
-    from ltx2_engine.ltx2_core.parallel.helix_collectives import connect
-
-    on_gpu = torch.cuda.is_available()
-    device = torch.device(f"cuda:{rank}" if on_gpu else "cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
-    if world > 1:
-        store = dist.FileStore(str(folder / "store"), world)
-        patience = datetime.timedelta(seconds=300)
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world, timeout=patience
-        )
-
-    def slowest(seconds: list[float]) -> list[float]:
-        values = torch.tensor(seconds, dtype=torch.float64, device=device)
-        if world > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values.tolist()
-
-    with torch.inference_mode():
-        bench = Bench(plan, device, slowest)
-        if world == 1:
-            bench.plain()
-        for topology in topologies(bench.decoder, world):
-            ranks = ONE if world == 1 else connect(topology)
-            assert ranks is not None
-            bench.shared(ranks)
-    if rank == 0:
-        (folder / "rows.json").write_text(json.dumps([asdict(row) for row in bench.rows]), encoding="utf-8")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+@torch.inference_mode()
+def work(rank: Rank, given: dict[str, Any]) -> dict[str, Any]:
+    bench = Bench(Plan(**{**given, "lengths": tuple(given["lengths"])}), rank)
+    if rank.size == 1:
+        bench.plain()
+    for topology in topologies(bench.decoder, rank.size):
+        ranks = ONE if rank.size == 1 else connect(topology)
+        assert ranks is not None
+        bench.shared(ranks)
+    return {"rows": [asdict(row) for row in bench.rows]}
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[4])
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Plan(**{**given, "lengths": tuple(given["lengths"])}))
+    main_of_rank(work)
