@@ -6,7 +6,7 @@ python benchmarks/ranks_step.py FOLDER    (see ranks.py)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pack  # noqa: F401
 import torch
 from ltx2_engine.ltx2_core.av import AV
+from ltx2_engine.ltx2_core.conditioning.state import LatentState
 from ltx2_engine.ltx2_core.config.model import ModelConfig
 from ltx2_engine.ltx2_core.config.released import released_config
 from ltx2_engine.ltx2_core.evaluate import grouped_evaluate
@@ -67,9 +68,10 @@ def work(rank: Rank, given: dict[str, Any]) -> dict[str, Any]:
         guidance = preset("guided 2.3/2.5", (1 if job.tiny else 28,)) if topologies else PLAIN
         for topology in topologies_of(rank, topologies):
             seat = connect(rank.rank, topology)
+            case = Case(config, model, Shape.parse(shape), guidance, seat, rank.device)
             for graphed in (False, True) if can_capture(rank.device) else (False,):
                 clean(rank.device)
-                run = step(config, model, Shape.parse(shape), guidance, seat, rank, graphed=graphed)
+                run = step(case, graphed=graphed)
                 times = rank.times(run, job.repeats)
                 key = " ".join((shape, name(topology) if topologies else "", "graphs" if graphed else "")).strip()
                 found[key] = {"times": times, "peak": peak(rank) - weights, "digest": digest(run())}
@@ -85,37 +87,35 @@ def topologies_of(rank: Rank, names: list[str]) -> Iterator[Topology]:
     yield from fitting or [Topology(1, rank.size)]
 
 
-def step(
-    config: ModelConfig,
-    model: Transformer,
-    shape: Shape,
-    guidance: StreamGuidance,
-    seat: Seat,
-    rank: Rank,
-    *,
-    graphed: bool,
-) -> Any:
+@dataclass(frozen=True)
+class Case:
+    """What is evaluated: all passes of the guidance, at a shape, by this rank's part of them."""
+
+    config: ModelConfig
+    model: Transformer
+    shape: Shape
+    guidance: StreamGuidance
+    seat: Seat
+    device: torch.device
+
+    def states(self) -> AV[LatentState]:
+        return random_states(self.config, self.shape.clip, drawing(self.device))
+
+
+def step(case: Case, *, graphed: bool) -> Callable[[], list[Tensor]]:
     """One evaluation of all passes; gives every velocity."""
-    evaluate, x = evaluation(config, model, shape, guidance, seat, rank, graphed=graphed)
+    evaluate, x = evaluation(case, graphed=graphed)
     return lambda: [part for velocity in evaluate(x, SIGMA, AV(True, True)) for part in velocity.present()]
 
 
-def evaluation(
-    config: ModelConfig,
-    model: Transformer,
-    shape: Shape,
-    guidance: StreamGuidance,
-    seat: Seat,
-    rank: Rank,
-    *,
-    graphed: bool,
-) -> tuple[Evaluate, AV[Tensor]]:
-    draw = drawing(rank.device)
-    states, prompt = random_states(config, shape.clip, draw), random_prompt(config, draw)
-    passes = plan_passes(AV(guidance, guidance))
+def evaluation(case: Case, *, graphed: bool) -> tuple[Evaluate, AV[Tensor]]:
+    """The function of a run, and where it begins."""
+    states, prompt = case.states(), random_prompt(case.config, drawing(case.device))
+    passes = plan_passes(AV(case.guidance, case.guidance))
     both = prompt, prompt.map(torch.neg)
+    context, groups = case.seat
     evaluate = grouped_evaluate(
-        model, states, passes, *both, lambda: None, graphed=graphed, parallel=seat[0], groups=seat[1]
+        case.model, states, passes, *both, lambda: None, graphed=graphed, parallel=context, groups=groups
     )
     return evaluate, states.map(lambda state: state.latent)
 
@@ -123,11 +123,12 @@ def evaluation(
 def quality(config: ModelConfig, model: Transformer, rank: Rank, job: Job) -> dict[str, str]:
     """Latents of 8 steps by all ranks, twice, and on one rank with two implementations of attention too; where they are."""
     seat = connect(rank.rank, Topology(1, rank.size))
+    case = Case(config, model, Shape.parse(job.quality), PLAIN, seat, rank.device)
     runs = {"cudnn": None, "cudnn again": None} | ({"flash": "flash"} if rank.size == 1 else {})
     digests = {}
     for what, implementation in runs.items():
         with attention(implementation or "cudnn"):
-            latents = sampled(config, model, Shape.parse(job.quality), seat, rank)
+            latents = sampled(case)
         digests[what] = digest(list(latents.present()))
         if rank.rank == 0:
             parts = dict(zip(("video", "sound"), latents.present(), strict=True))
@@ -139,14 +140,12 @@ def path_of(job: Job, rank: Rank, what: str) -> Path:
     return Path(job.results) / f"{rank.size} {what}.safetensors"
 
 
-def sampled(config: ModelConfig, model: Transformer, shape: Shape, seat: Seat, rank: Rank) -> AV[Tensor]:
-    evaluate, _ = evaluation(config, model, shape, PLAIN, seat, rank, graphed=False)
-    states = random_states(config, shape.clip, drawing(rank.device))
-    guidance = AV(PLAIN, PLAIN)
+def sampled(case: Case) -> AV[Tensor]:
+    evaluate, x = evaluation(case, graphed=False)
+    guidance = AV(case.guidance, case.guidance)
     choice = SamplerChoice("euler")
-    denoise = Denoiser(evaluate, states, plan_passes(guidance), guidance)
-    noise = SamplerNoise(choice, 0, rank.device)
-    x = states.map(lambda state: state.latent)
+    denoise = Denoiser(evaluate, case.states(), plan_passes(guidance), guidance)
+    noise = SamplerNoise(choice, 0, case.device)
     return SAMPLERS[choice.name](denoise, x, DISTILLED_SIGMAS, noise, choice, lambda *_: None)
 
 
