@@ -1,8 +1,5 @@
 """A clip decoded by several ranks, a band of rows each, is that of one: no seams, whatever the pieces and the rows."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from ltx2_engine.ltx2_core.vae.video_decoder import VideoDecoder
 from ltx2_engine.ltx2_core.vae.video_memory import decode_stream_bytes, decoder_costs, whole_bytes
 
 from .band_cases import CASES, Case, decode, decoder_of, exact_convolutions, on_threads, places
+from .together import run_together
 
 SIZES = (2, 4)
 GIB = 2**30
@@ -46,7 +44,6 @@ def processes(tmp_path_factory):
     """Number of ranks -> case -> its frames. Processes of their own, over Gloo, that write into memory they share."""
     folder = tmp_path_factory.mktemp("bands")
     folder.chmod(0o700)
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     script, where = Path(__file__).with_name("band_rank.py"), places()
     segments = {size: Segment.reserve(total_bytes(where)) for size in SIZES}
     frames = {size: {name: segments[size].tensor(place) for name, place in where.items()} for size in SIZES}
@@ -54,24 +51,9 @@ def processes(tmp_path_factory):
         for clip in clips.values():
             clip.fill_(float("nan") if clip.is_floating_point() else 128)
     descriptors = [segment.descriptor for segment in segments.values()]
-    running = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), folder, *map(str, descriptors)],
-            pass_fds=descriptors,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(max(SIZES))
-    ]
     try:
-        for rank, process in enumerate(running):
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, f"rank {rank}:\n{output.decode()[-4000:]}"
+        run_together({f"rank {rank}": (script, rank, folder, *descriptors) for rank in range(max(SIZES))}, descriptors)
     finally:
-        for process in running:
-            process.kill()
-            process.wait()
         for segment in segments.values():
             segment.close()
     return frames

@@ -1,12 +1,7 @@
 """Prompt enhancement by two and four processes against one: the same text, scores that agree, and one stop for all."""
 
-import importlib.util
 import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,12 +11,10 @@ from ltx2_engine.ltx2_core.text.enhance import EnhanceError, EnhanceRequest, enh
 from ltx2_engine.ltx2_core.text.tiny_gemma import write_tiny_gemma, write_tiny_gemma_file
 from safetensors.torch import load_file
 
-ENTRY = pathlib.Path(__file__).with_name("enhance_rank.py")
-spec = importlib.util.spec_from_file_location("enhance_rank", ENTRY)
-rank_file = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = rank_file
-spec.loader.exec_module(rank_file)
-WORLD, TOPOLOGIES, REQUEST = rank_file.WORLD, rank_file.TOPOLOGIES, rank_file.REQUEST
+from . import enhance_rank
+from .together import run_together
+
+WORLD, TOPOLOGIES, REQUEST = enhance_rank.WORLD, enhance_rank.TOPOLOGIES, enhance_rank.REQUEST
 LAYERS = 6
 
 
@@ -37,42 +30,28 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fleet(folder):
     """Texts and scores of every rank; all topologies run in one start of four processes."""
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ENTRY), str(rank), str(WORLD), str(folder)],
-            env=environment,
-            stderr=(folder / f"rank{rank}.log").open("w"),
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        codes = [process.wait(timeout=150) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    logs = [(folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(WORLD)]
-    assert codes == [0] * WORLD, "\n".join(logs)
+    script = enhance_rank.__file__
+    run_together({f"rank {rank}": (script, rank, WORLD, folder) for rank in range(WORLD)})
     texts = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(WORLD)]
     return texts, [load_file(folder / f"rank{rank}.safetensors") for rank in range(WORLD)]
 
 
 @pytest.fixture(scope="module")
 def encoder(folder):
-    return rank_file.load(folder / "gemma")
+    return enhance_rank.load(folder / "gemma")
 
 
 @pytest.fixture(scope="module")
 def alone(encoder, folder):
     """What one process writes."""
-    packed = rank_file.load(folder / "gemma.safetensors")
+    packed = enhance_rank.load(folder / "gemma.safetensors")
     with torch.inference_mode():
         texts = {
             "words": enhance(*encoder, REQUEST),
-            "picture": enhance(*encoder, REQUEST, rank_file.picture()),
+            "picture": enhance(*encoder, REQUEST, enhance_rank.picture()),
             "packed": enhance(*packed, REQUEST),
         }
-        return texts, rank_file.forced_scores(writer(encoder[0]))
+        return texts, enhance_rank.forced_scores(writer(encoder[0]))
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +117,7 @@ def test_topologies_that_are_not_there_are_refused(encoder):
 
 
 def test_an_encoder_that_is_streamed_is_refused(folder):
-    text, tokenizer = rank_file.load(folder / "gemma")
+    text, tokenizer = enhance_rank.load(folder / "gemma")
     text.norm.to("meta")
     with pytest.raises(EnhanceError, match=r"lies on cpu and meta: parts of it are streamed.*Choose topology single"):
         enhance_over_ranks(text, tokenizer, REQUEST, ONE)

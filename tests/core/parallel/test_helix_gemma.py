@@ -1,21 +1,14 @@
 """Gemma 3 over two and four processes against the same model in one: scores, rows and tokens."""
 
-import importlib.util
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ENTRY = pathlib.Path(__file__).with_name("helix_rank.py")
-spec = importlib.util.spec_from_file_location("helix_rank", ENTRY)
-helix_rank = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = helix_rank
-spec.loader.exec_module(helix_rank)
+from . import helix_rank
+from .together import run_together
+
 CASES, WORLD, LAYERS = helix_rank.CASES, helix_rank.WORLD, helix_rank.LAYERS
 
 VALID = helix_rank.prompts()[0]["attention_mask"].bool()
@@ -26,22 +19,8 @@ def fleet(tmp_path_factory):
     """The results of every rank; all cases run in one start of four processes."""
     folder = tmp_path_factory.mktemp("fleet")
     folder.chmod(0o700)
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ENTRY), str(rank), str(WORLD), str(folder)],
-            env=environment,
-            stderr=(folder / f"rank{rank}.log").open("w"),
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        codes = [process.wait(timeout=150) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    logs = [(folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(WORLD)]
-    assert codes == [0] * WORLD, "\n".join(logs)
+    script = helix_rank.__file__
+    run_together({f"rank {rank}": (script, rank, WORLD, folder) for rank in range(WORLD)})
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(WORLD)]
 
 

@@ -17,6 +17,7 @@ from ltx2_engine.nodes.runner import batch
 from ltx2_engine.nodes.runner.job_queue import JobQueue
 
 from .lossless import contents, lossless
+from .waiting import wait_for
 
 ROOT = Path(cli.__file__).parent
 # sums of another number of threads have other bits
@@ -232,16 +233,6 @@ def node_of(queue, models):
     """A process that serves the queue, as another machine would."""
     command = [sys.executable, str(ROOT / "cli.py"), "batch", "--join", str(queue), "--models", str(models), "--json"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-
-
-def wait_for(found, seconds=60):
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        result = found()
-        if result:
-            return result
-        time.sleep(0.02)
-    raise AssertionError("it did not happen")
 
 
 def test_a_killed_node_s_job_runs_again_and_every_output_is_there_once(queue, tmp_path, tiny_models, tiny_prompt):

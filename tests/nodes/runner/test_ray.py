@@ -4,7 +4,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -14,6 +13,7 @@ from ltx2_engine import cli
 from ltx2_engine.nodes.runner.job_queue import JobQueue
 
 from .lossless import contents, lossless
+from .waiting import wait_for
 
 ROOT = Path(cli.__file__).parent
 
@@ -30,16 +30,6 @@ def workers_of(process):
         if command.startswith("ray::") and "Node" in command:
             found.append(child)
     return found
-
-
-def wait_for(found, seconds=120):
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        result = found()
-        if result:
-            return result
-        time.sleep(0.05)
-    raise AssertionError("it did not happen")
 
 
 def test_two_workers_make_the_bits_of_one_process_and_a_killed_one_s_job_runs_again(tmp_path, tiny_models, tiny_prompt):
