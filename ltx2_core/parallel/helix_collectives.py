@@ -3,48 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import GroupCollectives
 from .helix_exchange import Alone, Exchange
 from .helix_topology import Ranks, Topology
 
+# the names since PyTorch 2.13 and before it, of which the older warns there
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-class GroupExchange:
-    """Exchanges in a process group (NCCL, or Gloo on the CPU) that this process belongs to."""
 
-    def __init__(self, group: Any) -> None:
-        self._group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+@dataclass(frozen=True)
+class GroupExchange(GroupCollectives):
+    """``helix_exchange.Exchange`` in a process group (NCCL, or Gloo on the CPU) that this process belongs to."""
+
+    @cached_property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    @cached_property
+    def size(self) -> int:
+        return dist.get_world_size(self.group)
 
     def all_to_all(self, parts: Tensor) -> Tensor:
-        parts = parts.contiguous()
-        received = parts.new_empty(parts.shape)
-        dist.all_to_all_single(received, parts, group=self._group)
-        return received
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        received = x.new_empty(self.size * x.numel())
-        _all_gather(received, x.reshape(-1), group=self._group)
-        return received.view(self.size, *x.shape)
+        return super().all_to_all(parts.contiguous())
 
     def reduce_scatter(self, parts: Tensor) -> Tensor:
         summed = parts.new_empty(parts[0].numel())
-        _reduce_scatter(summed, parts.reshape(-1), group=self._group)
+        _reduce_scatter(summed, parts.reshape(-1), group=self.group)
         return summed.view(parts.shape[1:])
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.clone()
-        dist.all_reduce(x, group=self._group)
+        dist.all_reduce(x, group=self.group)
         return x
-
-
-# the names since PyTorch 2.13; those before it warn there
-_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-_reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
 
 
 def connect(topology: Topology, members: Sequence[int] | None = None) -> Ranks | None:
