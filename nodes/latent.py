@@ -72,10 +72,12 @@ class LTX2EmptyLatent:
     @classmethod
     def VALIDATE_INPUTS(cls, width, height, frames, fps, seconds=0.0):
         """Illegal sizes are said while the prompt is checked; values that come from links are checked when they run."""
-        if None in (width, height, frames, fps, seconds):
+        numbers = width, height, frames, fps, seconds
+        # of a link there is None, and what is no number the host refuses by itself
+        if not all(isinstance(number, (int, float)) for number in numbers):
             return True
         try:
-            cls._clip(width, height, frames, fps, seconds)
+            cls._clip(*numbers)
         except ShapeError as error:
             return str(error)
         return True

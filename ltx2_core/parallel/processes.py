@@ -234,6 +234,8 @@ def _how_it_ended(code: int) -> str:
     if code >= 0:
         return f"left with code {code}"
     try:
-        return f"was ended by {signal.Signals(-code).name}"
+        name = signal.Signals(-code).name
+        hint = " (Linux does so when main memory runs out; its log says so)" if name == "SIGKILL" else ""
+        return f"was ended by {name}{hint}"
     except ValueError:
         return f"was ended by signal {-code}"

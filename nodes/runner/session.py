@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...ltx2_core.host import use_host
+from ...ltx2_core.paths import PathError
 from ...ltx2_core.standalone import StandaloneHost
 from .execute import Event, RunResult, execute
 from .options import apply_settings
@@ -85,6 +86,7 @@ class Session:
             chosen = apply_settings(workflow.prompt, self._nodes, settings)
             prompt = validate(chosen, self._nodes)
             extra = workflow.extra_data.get("extra_pnginfo") or {}
+            _make_folder(output)
             host.metadata = {**extra, "prompt": chosen} if self._metadata else None
             if event is not None:
                 event("queued", node_count=len(prompt))
@@ -93,6 +95,20 @@ class Session:
             result = execute(prompt, self._nodes, host, workflow.extra_data, event, models if self._keep else None)
             self._models = models
         return result
+
+
+def _make_folder(output: Path) -> None:
+    """Have the output folder before hours of work, of which it would be the last step. Raises PathError."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PathError(
+            f"the output folder {output} cannot be made: {error.strerror}. Choose another: --output"
+        ) from error
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise PathError(
+            f"the output folder {output} cannot be written to. Choose another, --output, or change its mode"
+        )
 
 
 def node_table(nodes: NodeTable | None = None) -> NodeTable:

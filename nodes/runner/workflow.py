@@ -70,7 +70,7 @@ def read_bytes(path: Path) -> bytes:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise WorkflowError("invalid_prompt", "Workflow file cannot be read", f"{path}: {error}") from error
+        raise WorkflowError("invalid_prompt", "Workflow file cannot be read", f"{path}: {error.strerror}") from error
     if len(data) > MAX_BYTES:
         raise WorkflowError("invalid_prompt", "Workflow file is too large", f"{path}: more than {MAX_BYTES} bytes")
     return data

@@ -64,6 +64,7 @@ def run(request, models, tmp_path, capfd):
         (["LTX2EmptyLatent.width=99999999999"], "out of range"),
         (["LTX2EmptyLatent.fps=NaN"], "not a finite number"),
         (["LTX2EmptyLatent.fps=Infinity"], "not a finite number"),
+        (["LTX2EmptyLatent.fps=fast"], "Failed to convert an input value to a FLOAT value: fps, fast"),
         (["LTX2EmptyLatent.fps=0.5"], "frames per second"),
         (["LTX2EmptyLatent.seconds=900"], "cannot be made"),
         (["LTX2Guider.video_cfg=NaN"], "not a finite number"),

@@ -115,6 +115,15 @@ def test_invalid_options_exit_2(flow, tmp_path, capsys, arguments, code):
     assert envelope["error"]["code"] == code
 
 
+def test_an_output_folder_that_cannot_be_is_refused_before_anything_runs(flow, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", Path("/proc/nothing")):
+        assert cli.main(["run", flow(picture()), "--output", str(output), "--json"], nodes={}) == 2
+        (envelope,) = events(capsys.readouterr().out)
+        assert envelope["error"]["message"].startswith(f"the output folder {output} cannot be made: ")
+        assert envelope["error"]["message"].endswith("Choose another: --output")
+
+
 def test_an_invalid_workflow_lists_every_problem_and_exits_2(flow, capsys):
     prompt = picture(color=-1)
     prompt["1"]["inputs"] |= {"width": 0, "height": "x"}
