@@ -75,7 +75,7 @@ class EngineJobs:
     # the jobs ---------------------------------------------------------------------------------------------------------
 
     def _start(self, engine: LocalEngine, out: Mapping[str, Tensor]) -> Result:
-        self._team.agree(engine.start)
+        self._team.agree(partial(engine.start, together=True))
         return Result()
 
     def _encode(self, engine: LocalEngine, out: Mapping[str, Tensor], prompt: str) -> Result:
@@ -87,6 +87,7 @@ class EngineJobs:
         topology = topology_for(engine.files.text_encoder, self._team.size, request)
         if topology.size == 1:
             return self._on_rank_0(lambda: engine.enhance(request))
+        self._team.agree(engine.wait_for_shared)
         ranks = self._team.writers(topology)
 
         def write() -> str | None:
@@ -113,6 +114,7 @@ class EngineJobs:
         return self._on_rank_0(lambda: engine.upscale(latent, upsampler))
 
     def _decode(self, engine: LocalEngine, out: Mapping[str, Tensor], latent: AVLatent, tiling: str) -> Result:
+        self._team.agree(engine.wait_for_shared)
         clip = engine.decode(latent, tiling, out.get(FRAMES))
         return Result(tensors={} if clip.waveform is None else {"waveform": clip.waveform})
 
