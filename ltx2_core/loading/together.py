@@ -37,7 +37,8 @@ class Share(Protocol):
     def offer(self, number: int, owner: int, tensors: Sequence[Tensor]) -> None:
         """The contiguous tensors of a part: with their values at its owner, memory for these elsewhere.
 
-        Returns at once. Parts are given in the order of their numbers, from 0 on, each when all processes have offered it.
+        Returns at once. Parts are given in the order of their numbers, from 0 on, each when all processes have offered it;
+        one without tensors is the last.
         """
 
     def given(self) -> int:

@@ -58,7 +58,7 @@ class Sharing:
         self._base = reading << _READING_BITS
         self._offers: dict[int, _Offer] = {}
         self._given = 0
-        self._leaves = False
+        self._done = self._leaves = False
         self._error: BaseException | None = None
         # guards nothing: wakes the thread when a part was offered, and whoever waits when one was given
         self._news = threading.Condition()
@@ -90,10 +90,13 @@ class Sharing:
             raise Interrupted(f"rank {gone[0]} has left the reading" if gone else "the reading was ended on all ranks")
 
     def close(self) -> None:
-        self._leaves = True
         with self._news:
+            if not self._done:
+                self._leaves = True
+                # told here: the thread may be at a gate, which it leaves only when rank 0 has decided
+                self._words[_WORDS * self.rank + _LEFT] = self._base
             self._news.notify_all()
-        # it waits for ranks that are at a gate or leave, never for one that reads
+        # it waits for rank 0's decision and for collectives that are under way everywhere, never for a rank that reads
         self._thread.join()
         self._offers.clear()
 
@@ -107,9 +110,10 @@ class Sharing:
                 self._give(offer)
                 with self._news:
                     self._given += 1
+                    # the last one has none
+                    self._done = not offer.tensors
                     self._news.notify_all()
-                if not offer.tensors:
-                    # the last one
+                if self._done:
                     return
         except BaseException as error:
             self._error = error.with_traceback(None)

@@ -1,0 +1,165 @@
+"""Ranks that read a network together hold the bits of one that reads it alone, and end together."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ltx2_engine.ltx2_core.loading.checkpoint import read_header
+from ltx2_engine.ltx2_core.loading.together import parts_of
+from ltx2_engine.ltx2_core.loading.write import write_checkpoint
+from ltx2_engine.ltx2_core.tiny import write_tiny_checkpoint
+from ltx2_engine.ltx2_core.tiny_lora import write_tiny_lora
+from ltx2_engine.ltx2_core.tiny_packed import write_tiny_packed
+from safetensors.torch import load_file
+
+from .sharing_rank import CASES, FORMATS, Rank
+
+SIZES = (1, 2, 4)
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+
+
+def write_gguf(path, source):
+    writer, kinds = gguf.GGUFWriter(str(path), "ltxv"), gguf.GGMLQuantizationType
+    writer.add_string("config", read_header(source).metadata["config"])
+    for name, tensor in load_file(source).items():
+        if name.startswith("model.diffusion_model."):
+            packed = name.endswith((".to_q.weight", ".net.2.weight")) and "transformer_blocks" in name
+            kind = kinds.Q8_0 if packed else kinds.F32
+            writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sharing")
+    root.chmod(0o700)
+    write_tiny_checkpoint(root / "float.safetensors", "2.3")
+    halves = {
+        name: tensor if "table" in name else tensor.bfloat16()
+        for name, tensor in load_file(root / "float.safetensors").items()
+    }
+    write_checkpoint(root / "bf16.safetensors", halves, read_header(root / "float.safetensors").metadata)
+    for format in ("fp8", "fp8_cast", "nvfp4"):
+        write_tiny_packed(root / f"{format}.safetensors", root / "bf16.safetensors", format)
+    write_gguf(root / "q8_0.gguf", root / "bf16.safetensors")
+    write_tiny_lora(root / "low.safetensors", root / "bf16.safetensors", rank=4, seed=1)
+    write_tiny_lora(root / "full.safetensors", root / "bf16.safetensors", targets="all", kind="full", seed=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """Number of ranks -> what each of them has written down. Processes of their own, on CPU, over Gloo."""
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("sharing_rank.py")
+    processes = {
+        (size, rank): subprocess.Popen(
+            [sys.executable, script, str(rank), str(size), folder],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for size in SIZES
+        for rank in range(size)
+    }
+    try:
+        for (size, rank), process in processes.items():
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, f"rank {rank} of {size}:\n{output.decode()[-4000:]}"
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    return {
+        size: [json.loads((folder / f"{size}-{rank}.json").read_text()) for rank in range(size)] for size in SIZES
+    }
+
+
+@pytest.fixture(params=SIZES[1:])
+def size(request):
+    return request.param
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_holds_what_one_rank_would(ranks, size, name):
+    (one,) = ranks[1]
+    assert len({results[f"{name}/plan"] for results in ranks[size]}) == 1
+    for results in ranks[size]:
+        for number in range(len(CASES[name][2])):
+            for what in ("bits", "states", "kept"):
+                assert results[f"{name}/{number}/{what}"] == one[f"{name}/{number}/{what}"], (number, what)
+
+
+def test_cases_are_what_they_are_called(ranks):
+    (one,) = ranks[1]
+    assert len({json.dumps(one[f"{name}/0/bits"]) for name in CASES if ", " not in name}) == len(FORMATS)
+    assert one["bf16, pair/0/kept"][1] > 10
+    assert one["fp8, pair/0/kept"][1] > 10
+    assert any("branches" in key for key in one["nvfp4, low rank/0/bits"])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_byte_is_read_by_one_rank(ranks, size, format, folder):
+    (one,) = ranks[1]
+    read = [results[f"{format}/0/read"] for results in ranks[size]]
+    assert sum(read) == one[f"{format}/0/read"] == one[f"{format}/expected"]
+    slots = Rank(0, 1, folder).store(format, None)._slots
+    parts = parts_of({slot: _block(slot) for slot in slots}, size)
+    assert {part.owner for part in parts} == set(range(len(parts)))[:size] if len(parts) < size else set(range(size))
+    assert read == [sum(part.size_bytes for part in parts if part.owner == rank) for rank in range(size)]
+    assert max(read) - min(read) <= max(part.size_bytes for part in parts)
+
+
+def _block(slot):
+    """Something that is the same for the weights of a block."""
+    first, number, *_ = (*slot.name.split("."), "")
+    return _BLOCKS.setdefault(number, torch.nn.Identity()) if first == "blocks" else None
+
+
+_BLOCKS = {}
+
+
+@pytest.mark.parametrize("policy", ["pair", "pinned", "file"])
+def test_what_is_merged_is_read_by_one_rank_too(ranks, size, policy):
+    (one,) = ranks[1]
+    for format in ("bf16", "fp8", "in fp8"):
+        name = f"{format}, {policy}"
+        assert sum(results[f"{name}/0/read"] for results in ranks[size]) == one[f"{name}/0/read"]
+
+
+def test_progress_counts_what_others_read(ranks, size):
+    for results in ranks[size]:
+        for name in CASES:
+            assert results[f"{name}/0/counted"] == results[f"{name}/expected"]
+
+
+@pytest.mark.parametrize("end", ["cut", "stop", "leave"])
+def test_a_reading_that_ends_on_one_rank_ends_on_all(ranks, size, end):
+    (one,) = ranks[1]
+    *others, last = ranks[size]
+    reasons = {"cut": "CheckpointError: .*bf16.safetensors: the file ends", "stop": "Interrupted", "leave": "Interrupted"}
+    assert re.match(reasons[end], last[f"{end}/error"])
+    for results in others:
+        assert results[f"{end}/error"].startswith("Interrupted: ")
+        assert "left" in results[f"{end}/error"] or "ended on all" in results[f"{end}/error"]
+    for results in ranks[size]:
+        assert not results[f"{end}/complete"]
+        assert results[f"{end}/threads"] == []
+        # read on by itself, and again together
+        assert results[f"{end}/alone"] == results[f"{end}/again"] == one["bf16/0/bits"]
+        assert results[f"{end}/time"] - last[f"{end}/began"] < 1.0
+
+
+def test_ranks_leave_though_the_first_has_not_begun(ranks, size):
+    first, *others = ranks[size]
+    assert first["late/over"]
+    for results in others:
+        assert results["late/error"].startswith("Interrupted: ")
