@@ -19,7 +19,7 @@ from .loading.changes import Adapters
 from .loading.pinned import PinnedMemory
 from .loading.pristine import POLICIES, choose_policy
 from .loading.store import WeightStore, frozen
-from .loading.together import Share
+from .loading.together import Share, plan
 from .loading.while_loading import while_loading
 from .memory_plan import SLOTS
 from .memory_sizes import HOST_RESERVE_BYTES, RESERVE_BYTES, Stack, size
@@ -377,8 +377,9 @@ class Component(Generic[M]):
 
     def _share_plan(self, adapters: Adapters) -> int | None:
         """What all ranks have to have in common to share a reading; None where this one cannot."""
+        store = self._the_store()
         # blocks in host memory are this rank's alone
-        return None if self._arenas else self._the_store().share_plan(adapters if self.overlap else ())
+        return None if self._arenas else plan(store, adapters if self.overlap or store.complete else ())
 
     def _converge(self, adapters: Adapters, shared: Share | None) -> None:
         self._begin(None, shared)

@@ -9,13 +9,12 @@ While a network is read for the first time, the list may still change: it is ask
 weight are read just before the weight itself, and the difference is formed on the device when both have landed. What was
 read too early is made up for at the end. A sum of several LoRAs has the order of the list, whatever came first.
 
-Several processes can share the first reading (`together.py`): each brings its parts to their state and gives them to the
+Several processes can share what has to be read (`together.py`): each brings its parts to their state and gives them to the
 others. That list is settled before, and what cannot be given, each process does for itself afterwards.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -210,7 +209,7 @@ class WeightStore:
         """Bring every weight to the state that ``wanted()`` asks for; returns the list that was reached.
 
         overlap: read LoRAs while the base is read; off, they are read after it, with the same bits. share: of a reading
-        that processes with the same ``share_plan`` share; it is closed, and Interrupted raised where another has left. Raises
+        that processes with the same ``together.plan`` share; it is closed, and Interrupted raised where another has left. Raises
         CheckpointError for files that cannot be read and LoraError for factors that are no numbers. Each weight is then
         in its old or its new state, and a later call goes on from there.
         """
@@ -218,16 +217,14 @@ class WeightStore:
         with torch.inference_mode(False), torch.no_grad():
             return self._converge(wanted, overlap, share, on_bytes=on_bytes, stopped=stopped)
 
-    def _converge(
-        self, wanted: Callable[[], Adapters], overlap: bool, share: Share | None, **watch: Any
-    ) -> Adapters:
+    def _converge(self, wanted: Callable[[], Adapters], overlap: bool, share: Share | None, **watch: Any) -> Adapters:
         def run(tasks: Iterable[_Task]) -> None:
             self._run(tasks, **watch)
 
         if share is None:
             run(self._first_reading(wanted if overlap else tuple))
         else:
-            self._read_together(share, wanted() if overlap else (), **watch)
+            Together(self, share, wanted() if overlap or self.complete else ()).read(**watch)
         while True:
             adapters = wanted()
             tasks = list(self._tasks(adapters))
@@ -273,70 +270,6 @@ class WeightStore:
             if len(task.landed) == task.parts:
                 self._arrive(task)
                 arrived(task.slot)
-
-    # reading with others ----------------------------------------------------------------------------------------------
-
-    def share_plan(self, adapters: Adapters) -> int | None:
-        """A number that is the same for processes that can share reading the network with a list of LoRAs.
-
-        None where something has been read already.
-        """
-        if any(slot.state is not None for slot in self._slots):
-            return None
-        changes = changes_by_parameter(adapters)
-        told = hashlib.blake2b(digest_size=6)
-        told.update(repr((self.dtype, self.pristine.policy, [one.parity for one in adapters])).encode())
-        for slot in self._slots:
-            goal = self._goal(slot, self._shared_changes(slot, changes))
-            source = slot.source
-            told.update(repr((slot.name, slot.format, source.file.identity, source.weight.size_bytes, goal)).encode())
-        return int.from_bytes(told.digest(), "big")
-
-    def _read_together(
-        self,
-        share: Share,
-        adapters: Adapters,
-        *,
-        on_bytes: Callable[[int], None] | None = None,
-        stopped: Callable[[], bool] | None = None,
-    ) -> None:
-        changes = changes_by_parameter(adapters)
-        ours = {slot: self._shared_changes(slot, changes) for slot in self._slots}
-        blocks = {slot: self._homes[slot][0] if slot in self._homes else slot.part for slot in self._slots}
-        in_pairs = {slot for slot in self._slots if self.pristine.policy == "pair" and ours[slot] is not NO_CHANGES}
-
-        def tasks() -> Iterator[_Task]:
-            for slot in self._slots:
-                if slot in self._homes:
-                    self.give_memory(*self._homes[slot])
-                if together.is_mine(slot):
-                    yield self._task(slot, ours[slot])
-                else:
-                    together.expect(slot, self.device, self.dtype)
-
-        def count(size: int) -> None:
-            for slot in together.taken():
-                task = self._task(slot, ours[slot])
-                slot.state = task.goal
-                # others have read them
-                size += sum(need.info.size_bytes for need in task.asked())
-            if on_bytes is not None and size:
-                on_bytes(size)
-
-        together = Together(share, blocks, in_pairs, self.pristine)
-        try:
-            with together.ended_by(stopped) as ended:
-                self._run(tasks(), together.arrived, on_bytes=count, stopped=ended)
-                self._check.finish()
-                together.finish(count)
-        finally:
-            count(0)
-
-    def _shared_changes(self, slot: Slot, changes: Mapping[str, Changes]) -> Changes:
-        """What of a weight's changes its owner makes before it gives it: those that leave a value of the same form."""
-        ours = changes.get(slot.name, NO_CHANGES)
-        keeps_form = not slot.packed or slot.quantized or slot.format in REPACKABLE
-        return ours if keeps_form and self._goal(slot, ours).merged else NO_CHANGES
 
     # deciding ---------------------------------------------------------------------------------------------------------
 

@@ -103,12 +103,14 @@ class Rank:
     # cases
 
     def case(self, name, format, policy, lists):
+        from ltx2_engine.ltx2_core.loading.together import plan
+
         store = self.store(format, policy)
-        self.results[f"{name}/expected"] = store.expected_bytes(self.adapters(lists[0]))
-        self.results[f"{name}/plan"] = store.share_plan(self.adapters(lists[0]))
         for number, names in enumerate(lists):
-            counted = []
-            before, share, adapters = self.read_bytes, self.share() if not number else None, self.adapters(names)
+            adapters, counted, before = self.adapters(names), [], self.read_bytes
+            planned = self.results[f"{name}/{number}/plan"] = plan(store, adapters)
+            self.results[f"{name}/{number}/expected"] = store.expected_bytes(adapters)
+            share = None if planned is None else self.share()
             store.converge(lambda adapters=adapters: adapters, share=share, on_bytes=counted.append)
             self.results[f"{name}/{number}/bits"] = self.bits(store)
             self.results[f"{name}/{number}/read"] = self.read_bytes - before
@@ -116,7 +118,7 @@ class Rank:
             self.results[f"{name}/{number}/states"] = sorted({repr(slot.state) for slot in store._slots})
             kept = sorted((n, d.hex()) for n, d in self.kept(store))
             self.results[f"{name}/{number}/kept"] = hashlib.sha256(repr(kept).encode()).hexdigest(), len(kept)
-        assert store.share_plan(()) is None, "only what was never read is shared"
+        assert plan(store, adapters) is None, "there is nothing left to read"
 
     def bits(self, store):
         import torch
@@ -134,18 +136,24 @@ class Rank:
             for role, t in value.items():
                 yield f"{name} {role}", hashlib.sha256(t.contiguous().reshape(-1).view(torch.uint8).numpy()).digest()
 
-    def ends(self, name, at_rank=lambda store: None, *, begin=True, stopped=None):
-        """A reading that ends early, and how; then one that works. at_rank: done by the last rank before it reads."""
+    def ends(self, name, at_rank=lambda store: None, *, begin=True, stopped=None, names=(), policy=None):
+        """A reading that ends early, and how; then one that works. at_rank: done by rank 1 before it reads.
+
+        names: LoRAs that a complete network shall get; without them it is read.
+        """
         from ltx2_engine.ltx2_core.loading.checkpoint import CheckpointError
 
-        store, share = self.store("bf16", None), self.share()
-        last = self.rank == self.size - 1
+        adapters, store = self.adapters(names), self.store("bf16", policy)
+        if names:
+            store.converge(tuple)
+        share = self.share()
+        acts = self.rank == 1
         try:
-            if last:
+            if acts:
                 at_rank(store)
-            if last and not begin:
+            if acts and not begin:
                 share.close()
-            store.converge(tuple, share=share, stopped=stopped if last else None)
+            store.converge(lambda: adapters, share=share, stopped=stopped if acts else None)
             error = None
         except CheckpointError as caught:
             error = f"CheckpointError: {caught}"
@@ -156,10 +164,12 @@ class Rank:
         self.results[f"{name}/threads"] = [t.name for t in threading.enumerate() if t.name.startswith("ltx2")]
         self.breaks = self.pause = None
         # with the store as it was left: each goes on alone, or all together from the beginning
-        store.converge(tuple)
+        store.converge(lambda: adapters)
         self.results[f"{name}/alone"] = self.bits(store)
-        store = self.store("bf16", None)
-        store.converge(tuple, share=self.share())
+        store.converge(tuple)
+        self.results[f"{name}/back"] = self.bits(store)
+        store = self.store("bf16", policy)
+        store.converge(lambda: adapters, share=self.share())
         self.results[f"{name}/again"] = self.bits(store)
 
     breaks = pause = None
@@ -188,22 +198,33 @@ class Rank:
             self.breaks = self.read_bytes + self.results["bf16/0/read"] // 2
             self.results["cut/began"] = time.monotonic()
 
-        def slow(store):
-            self.pause = 0.1
-            self.results["stop/began"] = self.asked = time.monotonic() + 0.15
+        def begin(store):
+            self.pause, self.stops = 0.1, self.read_bytes
+
+        def stopped():
+            """As soon as this rank has read anything."""
+            stops = self.read_bytes > self.stops
+            if stops:
+                self.results.setdefault(f"{name}/began", time.monotonic())
+            return stops
 
         def leave(store):
             self.results["leave/began"] = time.monotonic()
 
         self.ends("cut", cut)
-        self.ends("stop", slow, stopped=lambda: time.monotonic() > self.asked)
         self.ends("leave", leave, begin=False)
+        for name, names, policy in (
+            ("stop", (), None),
+            ("change, pair", LORAS[0], "pair"),
+            ("change, file", LORAS[0], "file"),
+        ):
+            self.ends(name, begin, stopped=stopped, names=names, policy=policy)
         # rank 0 decides for all, whether or not it has begun to read
         share = self.share()
         if self.rank:
             store = self.store("bf16", None)
             try:
-                store.converge(tuple, share=share, stopped=lambda: self.rank == self.size - 1)
+                store.converge(tuple, share=share, stopped=lambda: self.rank == 1)
             except BaseException as error:
                 self.results["late/error"] = f"{type(error).__name__}: {error}"
         else:
