@@ -79,6 +79,8 @@ class EngineJobs:
         return Result()
 
     def _encode(self, engine: LocalEngine, out: Mapping[str, Tensor], prompt: str) -> Result:
+        # rank 0 would begin to read alone what all are going to need
+        self._start(engine, out)
         return self._on_rank_0(lambda: engine.encode(prompt))
 
     def _enhance(self, engine: LocalEngine, out: Mapping[str, Tensor], request: EnhanceRequest) -> Result:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...kernels.packed import REPACKABLE
 from ..host import Interrupted
 from .changes import NO_CHANGES, Adapters, Changes, changes_by_parameter
+from .checkpoint import CheckpointError
 from .linear import PackedLinear
 from .slot import Slot, State, Value
 
@@ -81,8 +82,8 @@ def parts_of(weights: Mapping[Slot, tuple[nn.Module | None, int]], processes: in
     """
     parts: dict[int, Part] = {}
     for slot, (block, size) in weights.items():
-        # behind those that are complete before
-        part = parts[id(block)] = parts.pop(id(block), None) or Part([])
+        # to the end: behind those that are complete before
+        part = parts[id(block)] = parts.pop(id(block)) if id(block) in parts else Part([])
         part.slots.append(slot)
         part.size_bytes += size
     loads = [0] * processes
@@ -182,6 +183,10 @@ class Together:
             self._finish(ended)
         except Interrupted:
             share.check()
+            raise
+        except CheckpointError as error:
+            # the others may have read theirs well
+            error.args = (f"rank {share.rank}: {error}",)
             raise
         finally:
             share.close()

@@ -158,7 +158,7 @@ def test_progress_counts_what_others_read(ranks, size):
 def test_a_reading_that_ends_on_one_rank_ends_on_all(ranks, size, end):
     (one,) = ranks[1]
     first, acting, *others = ranks[size]
-    reason = "CheckpointError: .*bf16.safetensors: the file ends" if end == "cut" else "Interrupted"
+    reason = "CheckpointError: rank 1: .*bf16.safetensors: the file ends" if end == "cut" else "Interrupted"
     assert re.match(reason, acting[f"{end}/error"])
     for results in (first, *others):
         assert results[f"{end}/error"].startswith("Interrupted: ")
