@@ -29,7 +29,7 @@ class Background(Generic[T]):
     """Runs ``work(self)`` in a thread on ``device``; ``name`` says what it does, ``done_bytes`` is its progress.
 
     after: work that has to end first, whether it succeeds or not; an interrupt of whoever waits for it ends this one too.
-    interrupted: read-only flag of the host.
+    interrupted: read-only flag of the host. ended: called by the thread when the work is over, or was given up before it began.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Background(Generic[T]):
         device: torch.device,
         after: Background | None = None,
         interrupted: Callable[[], bool] = lambda: False,
+        ended: Callable[[], object] = lambda: None,
     ):
         self.name = name
         self.done_bytes = 0
@@ -50,7 +51,7 @@ class Background(Generic[T]):
         self.was_interrupted = False
         self._result: T | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(work,), name=_OURS + name, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(work, ended), name=_OURS + name, daemon=True)
         self._thread.start()
 
     # for the thread
@@ -61,7 +62,7 @@ class Background(Generic[T]):
     def stopped(self) -> bool:
         return self._stop.is_set() or self._interrupted()
 
-    def _run(self, work: Callable[[Background[T]], T]) -> None:
+    def _run(self, work: Callable[[Background[T]], T], ended: Callable[[], object]) -> None:
         try:
             self._wait_for_others()
             with _on(self._device), torch.no_grad():
@@ -72,6 +73,8 @@ class Background(Generic[T]):
             # it belongs to whoever asks for the result, but the tensors that its frames hold to nobody
             self._error = _without_traceback(error)
             self.was_interrupted = isinstance(error, Interrupted) and not self._stop.is_set()
+        finally:
+            ended()
 
     def _wait_for_others(self) -> None:
         after, self._after = self._after, None

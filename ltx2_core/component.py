@@ -19,6 +19,7 @@ from .loading.changes import Adapters
 from .loading.pinned import PinnedMemory
 from .loading.pristine import POLICIES, choose_policy
 from .loading.store import WeightStore, frozen
+from .loading.together import Share, plan
 from .loading.while_loading import while_loading
 from .memory_plan import SLOTS
 from .memory_sizes import HOST_RESERVE_BYTES, RESERVE_BYTES, Stack, size
@@ -30,6 +31,14 @@ M = TypeVar("M", bound=nn.Module)
 
 # progress is counted in units that are small next to a second of reading
 _PROGRESS_UNIT = 1 << 20
+_POLL_SECONDS = 0.02
+
+# from what is to be read (None: nothing that can be shared) and its name to a reading shared with others, if it is
+MakeShare = Callable[[int | None, str], Share | None]
+
+
+def _alone(plan: int | None, label: str) -> None:
+    """Nobody else reads."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,8 @@ class Component(Generic[M]):
         self._arenas: dict[int, Arena] = {}
         self._stream: BlockStream | None = None
         self._loading: Background[Adapters] | None = None
+        # whether others take part in it; the list of LoRAs is settled then
+        self._is_shared = False
         self._keeping: Background[None] | None = None
         self._kept: list[PinnedMemory] = []
         self._wanted: Adapters = ()
@@ -84,11 +95,18 @@ class Component(Generic[M]):
     # using ------------------------------------------------------------------------------------------------------------
 
     @while_loading
-    def use(self, work_bytes: int, adapters: Adapters = (), *, streamed: int | None = None) -> M:
+    def use(
+        self,
+        work_bytes: int,
+        adapters: Adapters = (),
+        *,
+        streamed: int | None = None,
+        share: MakeShare = _alone,
+    ) -> M:
         """The network with these LoRAs, ready on its device, and room for ``work_bytes`` of activations beside it.
 
-        streamed: how many blocks are streamed; None streams those that do not fit. Raises
-        HostOutOfMemory when not even that is possible, and the errors of loading. The network may be used until the next
+        streamed: how many blocks are streamed; None streams those that do not fit. share: asked once, whether or not there
+        is anything to read. Raises HostOutOfMemory when not even that is possible, and the errors of loading. The network may be used until the next
         call, or until the host asks for its memory.
         """
         if self._loading is not None:
@@ -96,8 +114,12 @@ class Component(Generic[M]):
             self._join()
         streamed = self._admit(work_bytes, streamed)
         self._place(streamed)
-        if self._reached != adapters:
-            self._converge(work_bytes, adapters)
+        converges = self._reached != adapters
+        if converges:
+            self._prepare(work_bytes, adapters)
+        shared = share(self._share_plan(adapters) if converges else None, self.label)
+        if converges:
+            self._converge(adapters, shared)
         if streamed and self._stream is None:
             self._start_stream()
         assert self._store is not None
@@ -109,22 +131,38 @@ class Component(Generic[M]):
             self._stream.release()
 
     @while_loading
-    def start(self, spare_bytes: int, adapters: Adapters = (), *, after: Component | None = None) -> None:
+    def start(
+        self,
+        spare_bytes: int,
+        adapters: Adapters = (),
+        *,
+        after: Component | None = None,
+        share: MakeShare = _alone,
+    ) -> None:
         """Begin to read in the background, unless the network and ``spare_bytes`` would not fit at once.
 
-        adapters: the LoRAs with which it will probably be used. after: a component whose reading goes first.
+        adapters: the LoRAs with which it will probably be used. after: a component whose reading goes first. share: as in
+        ``use``.
         """
         free, needed = host().free_bytes(self.device), self.full_bytes + spare_bytes
         fits = (free is None or needed <= free) and (self._limit is None or needed <= self._limit)
-        if self._loading is None and self._reached is None and fits:
+        begins = self._loading is None and self._reached is None and fits
+        if begins:
             host().admit(self, self.device, self.full_bytes, 0)
             self._choose_policy(adapters, 0)
             self._wanted = adapters
-            self._begin(after)
+        shared = share(self._share_plan(adapters) if begins else None, self.label)
+        if begins:
+            self._begin(after, shared)
+
+    def wait_for_shared(self) -> None:
+        """Return when no reading is under way that others take part in, however it has ended."""
+        while self._loading is not None and self._is_shared and not self._loading.join(_POLL_SECONDS):
+            host().check_interrupt()
 
     def want(self, adapters: Adapters) -> None:
         """Tell a reading that has begun with which LoRAs the network will be used."""
-        if self._loading is not None:
+        if self._loading is not None and not self._is_shared:
             self._choose_policy(adapters, 0)
             self._wanted = adapters
 
@@ -330,13 +368,21 @@ class Component(Generic[M]):
 
     # reading ----------------------------------------------------------------------------------------------------------
 
-    def _converge(self, work_bytes: int, adapters: Adapters) -> None:
+    def _prepare(self, work_bytes: int, adapters: Adapters) -> None:
         self._stop_stream()
         self._stop_keeping()
         self._reached = None
         self._choose_policy(adapters, work_bytes)
         self._wanted = adapters
-        self._begin(None)
+
+    def _share_plan(self, adapters: Adapters) -> int | None:
+        """What all ranks have to have in common to share a reading; None where this one cannot."""
+        store = self._the_store()
+        # blocks in host memory are this rank's alone
+        return None if self._arenas else plan(store, adapters if self.overlap or store.complete else ())
+
+    def _converge(self, adapters: Adapters, shared: Share | None) -> None:
+        self._begin(None, shared)
         self._join()
         if self._reached is None:
             raise Interrupted(f"{self.label}: reading was stopped")
@@ -353,12 +399,17 @@ class Component(Generic[M]):
             self._arenas[number] = Arena.of(blocks[number])
         self._stream = BlockStream([blocks[number] for number in sorted(self._arenas)], device=self.device, slots=SLOTS)
 
-    def _begin(self, after: Component | None) -> None:
+    def _begin(self, after: Component | None, shared: Share | None) -> None:
         store = self._the_store()
+        self._is_shared = shared is not None
 
         def work(background: Background[Adapters]) -> Adapters:
             reached = store.converge(
-                lambda: self._wanted, overlap=self.overlap, on_bytes=background.count, stopped=background.stopped
+                lambda: self._wanted,
+                overlap=self.overlap,
+                share=shared,
+                on_bytes=background.count,
+                stopped=background.stopped,
             )
             if not self._finished:
                 self._files.finish(store.module)
@@ -372,6 +423,8 @@ class Component(Generic[M]):
             device=torch.device(self.device),
             after=None if after is None else after._loading,
             interrupted=host().interrupted,
+            # also where the reading never began: the others wait for this rank
+            ended=lambda: None if shared is None else shared.close(),
         )
 
     def _join(self) -> None:

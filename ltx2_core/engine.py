@@ -102,17 +102,26 @@ class LocalEngine:
         # the host keeps residents alive, so memory goes back when the last handle of this engine does
         weakref.finalize(self, _close_all, (*self._networks.values(), self._text_encoder))
 
-    def start(self) -> None:
-        """Begin to read what comes first, in the background: what encodes prompts, then the transformer with its LoRAs."""
+    def start(self, *, together: bool = False) -> None:
+        """Begin to read what comes first, in the background: what encodes prompts, then the transformer with its LoRAs.
+
+        together: all ranks start now, and share what all of them read.
+        """
+        share = self._ranks.share if together else ALONE.share
         encoder, head, transformer = self._text_encoder, self._networks["text_head"], self._networks["transformer"]
         if self._ranks.rank:
             # prompts are for rank 0
-            transformer.start(_TEXT_WORK_BYTES, self._adapters)
+            transformer.start(_TEXT_WORK_BYTES, self._adapters, share=share)
             return
         encoder.start(_TEXT_WORK_BYTES)
         # each has the disk and the link for itself: a prompt is encoded while the transformer is read
         head.start(_missing(encoder) + _TEXT_WORK_BYTES, after=encoder)
-        transformer.start(_missing(encoder, head) + 2 * _TEXT_WORK_BYTES, self._adapters, after=head)
+        spare = _missing(encoder, head) + 2 * _TEXT_WORK_BYTES
+        transformer.start(spare, self._adapters, after=head, share=share)
+
+    def wait_for_shared(self) -> None:
+        """Return when the ranks have nothing under way that they read together: its exchanges go by the same devices."""
+        self._networks["transformer"].wait_for_shared()
 
     def expect_loras(self) -> None:
         """Have this engine's LoRAs read together with the transformer, if that is being read."""
@@ -346,7 +355,8 @@ class LocalEngine:
         """Where everything lies during this run, and the transformer with this engine's LoRAs in its place."""
         plan = self._plan(clip, work)
         streamed = None if plan is None else plan.streamed_blocks
-        return plan, self._networks["transformer"].use(work(clip).reserved, self._adapters, streamed=streamed)
+        transformer, share = self._networks["transformer"], self._ranks.share
+        return plan, transformer.use(work(clip).reserved, self._adapters, streamed=streamed, share=share)
 
     def _plan(self, clip: ClipShape, work: Callable[[ClipShape], WorkBytes]) -> MemoryPlan | None:
         """What of the model lies where during this run, said in the log; None on the CPU, where nothing is streamed.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .host import host
+from .loading.together import Share
 from .parallel.bands import WHOLE, Bands
 from .parallel.context import SINGLE, ParallelContext
 from .parallel.groups import ONE_GROUP, PassGroups, Topology
@@ -56,6 +57,13 @@ class Ranks:
     def least(self, number: int | None) -> int | None:
         """The smallest that any rank gives; one that gives None has as much as anybody asks for."""
         return number
+
+    def share(self, plan: int | None, label: str) -> Share | None:
+        """A reading of a network that all ranks share, where all of them have the same plan for it, each with files of its
+        own host; None where each reads for itself. All ranks ask at the same time. plan: None where there is nothing to
+        share.
+        """
+        return None
 
     def topology(self, work: StageWork, passes: Sequence[GuidancePass], wanted: str, *, batched: bool) -> Topology:
         """How the ranks share the passes of a stage. batched: all passes are one evaluation."""

@@ -44,8 +44,11 @@ class Agreement:
 
     def least(self, number: int | None) -> int | None:
         """The smallest number that any rank gives; None counts for nothing."""
-        words = self._tell(_Word(number=number))
-        return min((word.number for word in words if word.number is not None), default=None)
+        return min((other for other in self.numbers(number) if other is not None), default=None)
+
+    def numbers(self, number: int | None) -> list[int | None]:
+        """What each rank gives, in their order."""
+        return [word.number for word in self._tell(_Word(number=number))]
 
     def stopped(self, stop: BaseException) -> None:
         """All ranks have left the job with this, without a word."""

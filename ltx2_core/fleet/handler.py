@@ -75,10 +75,12 @@ class EngineJobs:
     # the jobs ---------------------------------------------------------------------------------------------------------
 
     def _start(self, engine: LocalEngine, out: Mapping[str, Tensor]) -> Result:
-        self._team.agree(engine.start)
+        self._team.agree(partial(engine.start, together=True))
         return Result()
 
     def _encode(self, engine: LocalEngine, out: Mapping[str, Tensor], prompt: str) -> Result:
+        # rank 0 would begin to read alone what all are going to need
+        self._start(engine, out)
         return self._on_rank_0(lambda: engine.encode(prompt))
 
     def _enhance(self, engine: LocalEngine, out: Mapping[str, Tensor], request: EnhanceRequest) -> Result:
@@ -87,6 +89,7 @@ class EngineJobs:
         topology = topology_for(engine.files.text_encoder, self._team.size, request)
         if topology.size == 1:
             return self._on_rank_0(lambda: engine.enhance(request))
+        self._team.agree(engine.wait_for_shared)
         ranks = self._team.writers(topology)
 
         def write() -> str | None:
@@ -113,6 +116,7 @@ class EngineJobs:
         return self._on_rank_0(lambda: engine.upscale(latent, upsampler))
 
     def _decode(self, engine: LocalEngine, out: Mapping[str, Tensor], latent: AVLatent, tiling: str) -> Result:
+        self._team.agree(engine.wait_for_shared)
         clip = engine.decode(latent, tiling, out.get(FRAMES))
         return Result(tensors={} if clip.waveform is None else {"waveform": clip.waveform})
 

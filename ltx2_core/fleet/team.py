@@ -25,6 +25,7 @@ from ..parallel.context import Collectives, ParallelContext
 from ..parallel.exchange_choice import fastest_exchange
 from ..parallel.gates import Board, Gates
 from ..parallel.groups import PassGroups, Topology
+from ..parallel.sharing import Sharing
 from ..parallel.topology import LINK_SPEED, StageWork, choose_topology, name
 from ..parallel.worker_process import Job
 from ..parallel.worker_process import Seat as WorkerSeat
@@ -64,6 +65,7 @@ class Team(Ranks):
         )
         self._agreement = Agreement(Control(_WORDS_TIMEOUT).exchange)
         self._board = Board(seat.group_folder / "gates", seat.size)
+        self._readings, self._sharing_board = 0, Board(seat.group_folder / "sharing", seat.size)
         self._neighbours: GroupNeighbours | None = None
         self._connected: dict[Topology, tuple[ParallelContext, PassGroups]] = {}
         self._writers: dict[helix_topology.Topology, helix_topology.Ranks | None] = {}
@@ -90,6 +92,18 @@ class Team(Ranks):
 
     def least(self, number: int | None) -> int | None:
         return self._agreement.least(number)
+
+    def share(self, plan: int | None, label: str) -> Sharing | None:
+        plans = self._agreement.numbers(plan)
+        if set(plans) == {None}:
+            return None
+        if len(set(plans)) > 1:
+            # one has read it already, streams its blocks, or has another way back from LoRAs
+            log.info("every rank reads all of the %s: they do not have the same to read", label)
+            return None
+        log.info("the ranks share the reading of the %s", label)
+        self._readings += 1
+        return Sharing(self._sharing_board, self.rank, self._readings, self._device)
 
     # stages -----------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,9 @@ the network holds in fewer bits than the file is quantised last, whatever was me
 While a network is read for the first time, the list may still change: it is asked for weight by weight, the factors of a
 weight are read just before the weight itself, and the difference is formed on the device when both have landed. What was
 read too early is made up for at the end. A sum of several LoRAs has the order of the list, whatever came first.
+
+Several processes can share what has to be read (`together.py`): each brings its parts to their state and gives them to the
+others. That list is settled before, and what cannot be given, each process does for itself afterwards.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from .lora.finite import FiniteCheck
 from .pristine import Pristine, Touched
 from .slot import BASE, Slot, State, Value, quantized, slots_of
 from .staged import Request, Room, read_staged
+from .together import Share, Together
 from .while_loading import while_loading
 
 log = logging.getLogger("ltx2.loading")
@@ -201,24 +205,29 @@ class WeightStore:
         wanted: Callable[[], Adapters],
         *,
         overlap: bool = True,
+        share: Share | None = None,
         on_bytes: Callable[[int], None] | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> Adapters:
         """Bring every weight to the state that ``wanted()`` asks for; returns the list that was reached.
 
-        overlap: read LoRAs while the base is read; off, they are read after it, with the same bits. Raises
+        overlap: read LoRAs while the base is read; off, they are read after it, with the same bits. share: of a reading
+        that processes with the same ``together.plan`` share; it is closed, and Interrupted raised where another has left. Raises
         CheckpointError for files that cannot be read and LoraError for factors that are no numbers. Each weight is then
         in its old or its new state, and a later call goes on from there.
         """
         # weights are normal tensors also where the caller infers: inference tensors cannot be updated in place later
         with torch.inference_mode(False), torch.no_grad():
-            return self._converge(wanted, overlap, on_bytes=on_bytes, stopped=stopped)
+            return self._converge(wanted, overlap, share, on_bytes=on_bytes, stopped=stopped)
 
-    def _converge(self, wanted: Callable[[], Adapters], overlap: bool, **watch: Any) -> Adapters:
+    def _converge(self, wanted: Callable[[], Adapters], overlap: bool, share: Share | None, **watch: Any) -> Adapters:
         def run(tasks: Iterable[_Task]) -> None:
             self._run(tasks, **watch)
 
-        run(self._first_reading(wanted if overlap else tuple))
+        if share is None:
+            run(self._first_reading(wanted if overlap else tuple))
+        else:
+            Together(self, share, wanted() if overlap or self.complete else ()).read(**watch)
         while True:
             adapters = wanted()
             tasks = list(self._tasks(adapters))
@@ -255,7 +264,7 @@ class WeightStore:
             if slot.state is None or self._goal(slot, ours) != slot.state:
                 yield self._task(slot, ours)
 
-    def _run(self, tasks: Iterable[_Task], **watch: Any) -> None:
+    def _run(self, tasks: Iterable[_Task], arrived: Callable[[Slot], None] = lambda slot: None, **watch: Any) -> None:
         for request, tensor in read_staged(_requests(tasks), device=self.device, allocate=self._memory, **watch):
             task, number, role = request.tag
             task.landed[number, role] = tensor
@@ -263,6 +272,7 @@ class WeightStore:
                 self._check.note(request.file, request.info, tensor)
             if len(task.landed) == task.parts:
                 self._arrive(task)
+                arrived(task.slot)
 
     # deciding ---------------------------------------------------------------------------------------------------------
 

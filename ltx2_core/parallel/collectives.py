@@ -113,9 +113,9 @@ class Control:
         return [bytes(row.tolist()).rstrip(b"\0") for row in GroupCollectives(self._group).all_gather(mine)]
 
 
-def broadcast(x: Tensor) -> None:
-    """Give all ranks what rank 0 has in a contiguous tensor, in place."""
-    dist.broadcast(x, src=0)
+def broadcast(x: Tensor, source: int = 0) -> None:
+    """Give all ranks what one has in a contiguous tensor, in place."""
+    dist.broadcast(x, src=source)
 
 
 def connect(rank: int, topology: Topology) -> tuple[ParallelContext, PassGroups]:

@@ -8,6 +8,8 @@ import json
 import os
 import pathlib
 import sys
+import threading
+import time
 
 PARALLEL = pathlib.Path(__file__).resolve().parents[3] / "ltx2_core" / "parallel"
 
@@ -22,6 +24,8 @@ def fault(place):
 def plant_faults():
     from ltx2_engine.ltx2_core.engine import LocalEngine
     from ltx2_engine.ltx2_core.host import HostOutOfMemory
+    from ltx2_engine.ltx2_core.loading import ring
+    from ltx2_engine.ltx2_core.parallel.sharing import Sharing
     from ltx2_engine.ltx2_core.transformer.model import Transformer
 
     placed, run_passes = LocalEngine._placed, Transformer.run_passes
@@ -36,7 +40,24 @@ def plant_faults():
             raise RuntimeError("CUDA out of memory")
         return run_passes(self, *args, **options)
 
+    read_at, close = ring._read_at, Sharing.close
+
+    def failing_disk(*args):
+        # of what ranks share, not of the text encoder
+        if fault("in a file") and any(thread.name == "ltx2 sharing" for thread in threading.enumerate()):
+            raise OSError(5, "Input/output error")
+        if fault("slow file"):
+            time.sleep(0.3)
+        return read_at(*args)
+
+    def noted(self):
+        close(self)
+        # for the test: how many parts each reading has given
+        file = pathlib.Path(os.environ["LTX2_TEST_FAULT"]).with_name(f"given-{self.rank}")
+        file.write_text(str(self.given()))
+
     LocalEngine._placed, Transformer.run_passes = short_of_memory, out_of_memory
+    ring._read_at, Sharing.close = failing_disk, noted
 
 
 if __name__ == "__main__":

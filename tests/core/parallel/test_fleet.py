@@ -447,7 +447,7 @@ def test_memory_is_given_back_and_taken_again(recording, fleet, single):
     assert workers.release("cpu", 1) == held
     assert workers.bytes_on("cpu") == 0
     assert not any(map(alive, before))
-    # a stop while ranks read, each for itself, leaves them as well
+    # a stop while ranks read leaves them as well
     recording.on_loading = lambda value: recording.interrupt()
     with pytest.raises(Interrupted):
         fleet.sample(job(single))
@@ -456,6 +456,127 @@ def test_memory_is_given_back_and_taken_again(recording, fleet, single):
     assert len(fresh) == 2
     works(fleet, single)
     assert pids(fleet) == fresh
+
+
+# reading together ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def given(fault):
+    """How many parts each rank was given in the last reading that they shared; a function that forgets what was."""
+    files = [fault.with_name(f"given-{rank}") for rank in range(2)]
+
+    def counts():
+        found = [int(file.read_text()) if file.exists() else 0 for file in files]
+        for file in files:
+            file.unlink(missing_ok=True)
+        return found
+
+    counts()
+    return counts
+
+
+def forget(fleet):
+    """Have fresh workers begin with the next job."""
+    fleet._fleet.workers.release("cpu", None)
+
+
+def alive_without_reading(fleet):
+    """Have workers that have read nothing."""
+    with pytest.raises(ValueError, match="at most 4096 are read"):
+        fleet.enhance(EnhanceRequest("fox " * 5000, topology="single"))
+
+
+# three blocks, the rest, and the last word
+ALL = [5, 5]
+
+
+def test_ranks_share_what_they_read(recording, fleet, single, models, given):
+    forget(fleet)
+    fleet.start()
+    works(fleet, single)
+    assert given() == ALL
+    forget(fleet)
+    # rank 0 reads the text encoder first
+    fleet.encode("a bell rings")
+    works(fleet, single)
+    assert given() == ALL
+    # a LoRA too, in the three blocks
+    lora = next((models / "loras").iterdir())
+    ours, theirs = (ModelHandle(one.files.spec, one).with_lora(lora, 0.7) for one in (fleet, single[0]))
+    compare("with a LoRA", ours.engine.sample(job(single)), theirs.engine.sample(job(single)))
+    assert given() == [4, 4]
+    # back: it was kept
+    works(fleet, single)
+    assert given() == [0, 0]
+    forget(fleet)
+    compare("both at once", ours.engine.sample(job(single)), theirs.engine.sample(job(single)))
+    assert given() == ALL
+    theirs = ModelHandle(single[0].files.spec, single[0]).with_lora(lora, 0.3)
+    ours = ModelHandle(fleet.files.spec, fleet).with_lora(lora, 0.3)
+    compare("another strength", ours.engine.sample(job(single)), theirs.engine.sample(job(single)))
+    assert given() == [4, 4]
+    works(fleet, single)
+
+
+def test_ranks_that_decode_at_once_have_read_before(recording, fleet, single, fault, given):
+    want = single[0].sample(job(single))
+    forget(fleet)
+    fault.write_text(json.dumps({"rank": 1, "place": "slow file"}))
+    fleet.start()
+    fleet.decode(want, "auto")
+    assert given() == ALL
+
+
+@pytest.mark.parametrize("begin", ["in the background", "when they sample"])
+def test_a_file_that_one_rank_cannot_read_ends_the_job(recording, fleet, single, fault, begin):
+    forget(fleet)
+    fault.write_text(json.dumps({"rank": 1, "place": "in a file"}))
+    if begin == "in the background":
+        fleet.start()
+    else:
+        alive_without_reading(fleet)
+    before = pids(fleet)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"rank 1: .*tiny.safetensors: reading failed \(Input/output error\)"):
+        fleet.sample(job(single))
+    assert time.monotonic() - started < 3
+    fault.unlink()
+    works(fleet, single)
+    assert pids(fleet) == before
+
+
+def test_a_stop_while_one_rank_reads_slowly_ends_all(recording, fleet, single, fault):
+    forget(fleet)
+    alive_without_reading(fleet)
+    before, asked = pids(fleet), []
+    fault.write_text(json.dumps({"rank": 1, "place": "slow file"}))
+
+    def stop(value):
+        if not asked:
+            asked.append(time.monotonic())
+            recording.interrupt()
+
+    recording.on_loading = stop
+    with pytest.raises(Interrupted):
+        fleet.sample(job(single))
+    assert time.monotonic() - asked[0] < 1.0
+    recording.on_loading = lambda value: None
+    fault.unlink()
+    works(fleet, single)
+    assert pids(fleet) == before
+
+
+def test_a_rank_that_is_killed_while_all_read_ends_them(recording, fleet, single, fault):
+    forget(fleet)
+    alive_without_reading(fleet)
+    before = pids(fleet)
+    fault.write_text(json.dumps({"rank": 1, "place": "slow file"}))
+    after(0.5, lambda: os.kill(before[1], signal.SIGKILL))
+    with pytest.raises(WorkerError, match="rank 1 failed"):
+        fleet.sample(job(single, sigmas=LONG))
+    fault.unlink()
+    works(fleet, single)
 
 
 def test_idle_workers_do_nothing(recording, fleet, single):
