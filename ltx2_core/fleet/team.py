@@ -7,6 +7,7 @@ went (`agreement.py`), and all go on or none does. Between two agreements only g
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +40,9 @@ from .worker_host import WorkerHost
 log = logging.getLogger("ltx2.engine")
 
 T = TypeVar("T")
+
+# "1" in the environment: ranks on GPUs share what has to be read; whether that is faster there has not been measured
+SHARED_READING = "LTX2_SHARED_READING"
 
 # whoever waits longer than the parent allows is ended by it, and nobody else knows how long loading may take
 _WORDS_TIMEOUT = timedelta(days=2)
@@ -94,6 +98,8 @@ class Team(Ranks):
         return self._agreement.least(number)
 
     def share(self, plan: int | None, label: str) -> Sharing | None:
+        if self._device.type == "cuda" and os.environ.get(SHARED_READING) != "1":
+            return None
         plans = self._agreement.numbers(plan)
         if set(plans) == {None}:
             return None

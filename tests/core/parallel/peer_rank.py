@@ -1,6 +1,6 @@
 """One rank of test_peer_copies.py: exchanges by copy engines and through NCCL, and writes what was the same.
 
-python peer_rank.py FOLDER    (RANK and WORLD_SIZE are in the environment)
+python peer_rank.py RANK SIZE FOLDER
 """
 
 import json
@@ -12,8 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-FOLDER = Path(sys.argv[1])
+RANK, SIZE, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 PLACES = ("queries", "keys", "values")
 ROUNDS = 20
 
@@ -23,12 +22,20 @@ def main() -> None:
     package.__path__ = [str(ROOT)]
     sys.modules["ltx2_engine"] = package
 
+    from ltx2_engine.ltx2_core.parallel.worker_environment import worker_environment
+
+    # before PyTorch reads it
+    os.environ.update(worker_environment({}, {}, RANK, SIZE, FOLDER))
+
     import torch
     from ltx2_engine.ltx2_core.parallel.collectives import GroupCollectives, join, leave
     from ltx2_engine.ltx2_core.parallel.context import ParallelContext
     from ltx2_engine.ltx2_core.parallel.exchange_choice import fastest_exchange
     from ltx2_engine.ltx2_core.parallel.peer_copies import PeerCopies
 
+    if torch.cuda.device_count() < SIZE:
+        # NCCL takes ranks of one GPU for ranks of several hosts, which is how it lets them be
+        os.environ["NCCL_HOSTID"] = str(RANK)
     device = torch.device("cuda", RANK % torch.cuda.device_count())
     torch.cuda.set_device(device)
     join(RANK, SIZE, FOLDER / "store", backend="nccl", timeout=timedelta(seconds=60), device=device)

@@ -1,11 +1,8 @@
 """Ranks that read a network together hold the bits of one that reads it alone, and end together."""
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +20,7 @@ from ltx2_engine.ltx2_core.tiny_packed import write_tiny_packed
 from safetensors.torch import load_file
 
 from .sharing_rank import CASES, FORMATS, Rank
+from .together import run_together
 
 SIZES = (1, 2, 4)
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -63,26 +61,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(folder):
     """Number of ranks -> what each of them has written down. Processes of their own, on CPU, over Gloo."""
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("sharing_rank.py")
-    processes = {
-        (size, rank): subprocess.Popen(
-            [sys.executable, script, str(rank), str(size), folder],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for size in SIZES
-        for rank in range(size)
-    }
-    try:
-        for (size, rank), process in processes.items():
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, f"rank {rank} of {size}:\n{output.decode()[-4000:]}"
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
+    run_together({f"rank {rank} of {size}": [script, rank, size, folder] for size in SIZES for rank in range(size)})
     return {size: [json.loads((folder / f"{size}-{rank}.json").read_text()) for rank in range(size)] for size in SIZES}
 
 
