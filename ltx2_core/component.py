@@ -33,11 +33,12 @@ M = TypeVar("M", bound=nn.Module)
 _PROGRESS_UNIT = 1 << 20
 _POLL_SECONDS = 0.02
 
-# from what is to be read (None: nothing that can be shared) and its name to a reading shared with others, if it is
-MakeShare = Callable[[int | None, str], Share | None]
+# from what is to be read (None: nothing that can be shared), worked out where others ask for it, and its name to a reading
+# shared with them, if it is
+MakeShare = Callable[[Callable[[], int | None], str], Share | None]
 
 
-def _alone(plan: int | None, label: str) -> None:
+def _alone(plan: Callable[[], int | None], label: str) -> None:
     """Nobody else reads."""
 
 
@@ -117,7 +118,7 @@ class Component(Generic[M]):
         converges = self._reached != adapters
         if converges:
             self._prepare(work_bytes, adapters)
-        shared = share(self._share_plan(adapters) if converges else None, self.label)
+        shared = share(lambda: self._share_plan(adapters) if converges else None, self.label)
         if converges:
             self._converge(adapters, shared)
         if streamed and self._stream is None:
@@ -151,7 +152,7 @@ class Component(Generic[M]):
             host().admit(self, self.device, self.full_bytes, 0)
             self._choose_policy(adapters, 0)
             self._wanted = adapters
-        shared = share(self._share_plan(adapters) if begins else None, self.label)
+        shared = share(lambda: self._share_plan(adapters) if begins else None, self.label)
         if begins:
             self._begin(after, shared)
 

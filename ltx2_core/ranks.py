@@ -58,10 +58,10 @@ class Ranks:
         """The smallest that any rank gives; one that gives None has as much as anybody asks for."""
         return number
 
-    def share(self, plan: int | None, label: str) -> Share | None:
+    def share(self, plan: Callable[[], int | None], label: str) -> Share | None:
         """A reading of a network that all ranks share, where all of them have the same plan for it, each with files of its
-        own host; None where each reads for itself. All ranks ask at the same time. plan: None where there is nothing to
-        share.
+        own host; None where each reads for itself. All ranks ask at the same time. plan: gives None where there is nothing
+        to share.
         """
         return None
 

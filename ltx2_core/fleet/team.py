@@ -97,10 +97,10 @@ class Team(Ranks):
     def least(self, number: int | None) -> int | None:
         return self._agreement.least(number)
 
-    def share(self, plan: int | None, label: str) -> Sharing | None:
+    def share(self, plan: Callable[[], int | None], label: str) -> Sharing | None:
         if self._device.type == "cuda" and os.environ.get(SHARED_READING) != "1":
             return None
-        plans = self._agreement.numbers(plan)
+        plans = self._agreement.numbers(plan())
         if set(plans) == {None}:
             return None
         if len(set(plans)) > 1:
