@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .nodes.runner.session import Folders, Session
 
 OK, FAILED, INVALID, INTERRUPTED = 0, 1, 2, 130
+OF_A_CLUSTER = "--nodes and --gpus say what to take of a Ray cluster: name it with --ray ADDRESS"
 
 
 def main(argv: Sequence[str] | None = None, nodes: Mapping[str, type] | None = None) -> int:
@@ -44,6 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("flow", type=Path, metavar="FLOW.json")
     _common_options(run)
     run.add_argument("--output", type=Path, default=Path("output"), metavar="DIR", help="folder that Save nodes write")
+    run.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="machines of this Ray cluster make the video together; local: one on this machine",
+    )
+    run.add_argument("--nodes", type=int, metavar="N", help="with --ray: machines (default: all that have the GPUs)")
+    run.add_argument("--gpus", type=int, metavar="N", help="with --ray: GPUs of each machine (default 1, or 0 without)")
 
     batch = commands.add_parser("batch", help="run many workflows, on one machine or several")
     batch.set_defaults(command=_batch)
@@ -136,6 +144,8 @@ def _reported_run(options: argparse.Namespace, nodes: Mapping[str, type] | None,
     from .ltx2_core.paths import PathError
     from .nodes.runner.execute import NodeFailed
     from .nodes.runner.options import OptionError
+    from .nodes.runner.ray_cluster import ClusterError
+    from .nodes.runner.ray_video import RankFailed
     from .nodes.runner.workflow import WorkflowError
 
     try:
@@ -147,15 +157,18 @@ def _reported_run(options: argparse.Namespace, nodes: Mapping[str, type] | None,
             lines.append("hint: an empty list [] means that no file was found; name the folders: --models, --input")
         report.failure(error.type, "\n".join(lines), error.body)
         return INVALID
-    except (OptionError, PathError) as error:
+    except (OptionError, PathError, ClusterError) as error:
         report.failure("invalid_option", str(error))
         return INVALID
     except NodeFailed as error:
-        cause = error.__cause__ or error
         if options.verbose:
+            cause = error.__cause__ or error
             traceback.print_exception(type(cause), cause, cause.__traceback__)
-        details = {"node_id": error.node_id, "node_type": error.class_type, "exception_type": type(cause).__name__}
+        details = {"node_id": error.node_id, "node_type": error.class_type, "exception_type": error.cause_type}
         report.failure("execution_error", str(error), {**details, "exception_message": error.reason})
+        return FAILED
+    except RankFailed as error:
+        report.failure("execution_error", str(error))
         return FAILED
     except (Interrupted, KeyboardInterrupt):
         report.failure("execution_interrupted", "interrupted; nothing unfinished was kept")
@@ -165,11 +178,43 @@ def _reported_run(options: argparse.Namespace, nodes: Mapping[str, type] | None,
 def _run_workflow(options: argparse.Namespace, nodes: Mapping[str, type] | None, report: _Report) -> Any:
     from .nodes.runner.workflow import read_workflow
 
+    if _takes_of_a_cluster(options):
+        return _run_with_ray(options, nodes, report)
     workflow = read_workflow(options.flow)
     with _ranks(options) as output:
         session = _session(options, nodes, "json" if options.json else "bar", on_event=report.event)
         with session.host.signals():
             return session.run(workflow, output, options.set)
+
+
+def _takes_of_a_cluster(options: argparse.Namespace) -> bool:
+    """Whether machines of a Ray cluster make the video. Raises OptionError for options that say it in part."""
+    from .nodes.runner.options import OptionError
+    from .nodes.runner.torchrun import Place
+
+    if options.ray is None and (options.nodes is not None or options.gpus is not None):
+        raise OptionError(OF_A_CLUSTER)
+    if options.ray is not None and Place.of_environment() is not None:
+        raise OptionError("torchrun has started this process, and --ray starts processes too: choose one of them")
+    return options.ray is not None
+
+
+def _run_with_ray(options: argparse.Namespace, nodes: Mapping[str, type] | None, report: _Report) -> Any:
+    from .nodes.runner import ray_video
+    from .nodes.runner.ray_cluster import Cluster
+    from .nodes.runner.remote import request_text
+    from .nodes.runner.session import RunnerHost, make_output
+    from .nodes.runner.workflow import decode_workflow, read_bytes
+
+    cluster, folders = Cluster(options.ray, options.nodes, options.gpus), _folders(options)
+    text = read_bytes(options.flow)
+    workflow = decode_workflow(text, options.flow)
+    ray_video.check_here(_session(options, nodes, "quiet"), folders, workflow, options.set)
+    make_output(options.output)
+    host = RunnerHost(output_dir=options.output, progress="quiet" if options.json or options.quiet else "bar")
+    # Ray has a handler of signals of its own, so ours come behind it
+    with ray_video.ranks(cluster, folders, metadata=not options.disable_metadata) as ranks, host.signals():
+        return ranks.make(request_text(options.flow.name, text, options.set), host, report.event)
 
 
 @contextlib.contextmanager
@@ -203,7 +248,7 @@ def _batch(options: argparse.Namespace, nodes: Mapping[str, type] | None) -> int
     from .ltx2_core.host import Interrupted
     from .ltx2_core.paths import PathError
     from .nodes.runner.job_queue import QueueError
-    from .nodes.runner.ray_nodes import ClusterError
+    from .nodes.runner.ray_cluster import ClusterError
     from .nodes.runner.workflow import WorkflowError
 
     stray = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
@@ -234,7 +279,7 @@ def _open_queue(options: argparse.Namespace) -> JobQueue:
     from .nodes.runner.workflow import decode_workflow, find_workflows, read_bytes
 
     if options.ray is None and (options.nodes is not None or options.gpus is not None):
-        raise QueueError("--nodes and --gpus say what to take of a Ray cluster: name it with --ray ADDRESS")
+        raise QueueError(OF_A_CLUSTER)
     if options.join is not None:
         if options.flows or options.set or options.expiry is not None or options.add_only:
             raise QueueError("--join only runs what is in a queue; to add to it, name the queue: FLOW ... --queue DIR")
@@ -272,9 +317,10 @@ def _serve(
 
 def _serve_with_ray(queue: JobQueue, options: argparse.Namespace, report: _BatchReport) -> None:
     from .nodes.runner import ray_nodes
+    from .nodes.runner.ray_cluster import Cluster
     from .nodes.runner.session import RunnerHost
 
-    cluster = ray_nodes.Cluster(options.ray, options.nodes, options.gpus)
+    cluster = Cluster(options.ray, options.nodes, options.gpus)
     host = RunnerHost(progress="quiet")
     # Ray has a handler of signals of its own, so ours come behind it
     with (

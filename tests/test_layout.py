@@ -31,13 +31,13 @@ ALLOWED = {
     # pairs of connected Unix sockets
     "socket": {"ltx2_core.parallel.channel", "ltx2_core.parallel.processes"},
     "subprocess": {"ltx2_core.parallel.processes"},
-    "ray": {"nodes.runner.ray_nodes"},
+    "ray": {"nodes.runner.ray_cluster"},
     # prctl, and the driver of the GPU
     "ctypes": {"ltx2_core.parallel.parent_death", "ltx2_core.parallel.device_memory"},
 }
 
 # they make the package before it can be imported
-PLACE_THE_PACK = {"__init__", "cli", "nodes.runner.ray_nodes"} | {
+PLACE_THE_PACK = {"__init__", "cli", "nodes.runner.ray_cluster"} | {
     f"ltx2_core.parallel.{name}" for name in ("worker", "worker_entry")
 }
 
@@ -268,8 +268,8 @@ def test_file_keeps_the_layout(path):
             "from torch.distributed import all_gather_object",
             "all_gather_object: pickled messages",
         ),
-        ("nodes/runner/batch.py", "def f():\n import ray", "ray: a cluster"),
-        ("nodes/runner/ray_nodes.py", "import ray", "ray: heavy at module level"),
+        ("nodes/runner/ray_nodes.py", "def f():\n import ray", "ray: a cluster"),
+        ("nodes/runner/ray_cluster.py", "import ray", "ray: heavy at module level"),
         ("nodes/x.py", "def f():\n from ray.util import placement_group", "ray.util.placement_group: a cluster"),
         ("kernels/x.py", "import triton.language as tl", "triton.language: Triton"),
         ("ltx2_core/x_triton.py", "import triton", "triton: Triton"),

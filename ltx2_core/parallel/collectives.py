@@ -91,6 +91,15 @@ def join_by_environment(backend: str, timeout: timedelta, device: torch.device |
     dist.init_process_group(backend, init_method="env://", timeout=timeout, device_id=device)
 
 
+def open_meeting(address: str) -> tuple[object, int]:
+    """A place on a free port of this machine where ranks can meet by environment, for as long as it is held; its port.
+
+    Rank 0, in whose process it is, joins it like the others. It listens on all interfaces.
+    """
+    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    return store, store.port
+
+
 def leave() -> None:
     """End all groups."""
     dist.destroy_process_group()

@@ -26,12 +26,17 @@ FILE_LISTS = ("images", "gifs", "videos", "audio", "files")
 
 
 class NodeFailed(RuntimeError):
-    """A node raised, or returned what it must not. The cause is chained."""
+    """A node raised, or returned what it must not. The cause is chained; of one elsewhere there is the name of its type."""
 
-    def __init__(self, node_id: str, class_type: str, title: str | None, reason: str):
-        self.node_id, self.class_type, self.reason = node_id, class_type, reason
+    def __init__(self, node_id: str, class_type: str, title: str | None, reason: str, cause_type: str | None = None):
+        self.node_id, self.class_type, self.title, self.reason = node_id, class_type, title, reason
+        self._cause_type = cause_type
         name = class_type if title in (None, class_type) else f"{class_type} {title!r}"
         super().__init__(f"node {node_id} ({name}): {reason}")
+
+    @property
+    def cause_type(self) -> str:
+        return self._cause_type or type(self.__cause__ or self).__name__
 
 
 @dataclass(frozen=True)

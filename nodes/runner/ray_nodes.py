@@ -1,50 +1,28 @@
-"""Whole jobs over the machines of a Ray cluster that an administrator runs. The only file that imports Ray.
+"""Whole jobs over the machines of a Ray cluster (`ray_cluster.py`).
 
 One actor in each bundle of a placement group runs jobs as any worker does; this process claims them, keeps the claims alive
-and publishes. Only text and bytes are given to actors and come from them (`remote.py`). Ray pickles its own envelopes and
-the few lines of the actor's class, whose first call, its constructor, places the pack.
+and publishes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from .batch import FAILURES, POLL, Outcome, Report, check_holders, failed, give_back, next_claim, reason_of
 from .claim import Claim, ClaimLost, Heartbeat
 from .job_queue import JobQueue
+from .ray_cluster import ActorLost, Actors, Bundles, Cluster, ClusterError, connected
 from .remote import machine_text, request_text, unpack
 from .session import Folders, RunnerHost
 
 _LOG = logging.getLogger("ltx2.queue")
 
-LOCAL = "local"
-_START_SECONDS = 300.0
 _STOP_SECONDS = 15.0
-PACK = Path(__file__).resolve().parents[2]
-
-
-class ClusterError(RuntimeError):
-    """Ray is not installed, its cluster cannot be reached, or it has not what was asked for."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What is asked of a cluster. address: its own, or ``local`` for one on this machine that ends with this process.
-
-    workers: how many; None for one a GPU share, or, without GPUs, one a machine. gpus: of one worker; None for 1 where
-    there are any.
-    """
-
-    address: str
-    workers: int | None = None
-    gpus: int | None = None
 
 
 @dataclass
@@ -60,133 +38,55 @@ class _Run:
 @contextlib.contextmanager
 def workers(cluster: Cluster, folders: Folders, *, metadata: bool = True) -> Iterator[Workers]:
     """Workers of a cluster, all of which are ready. Raises ClusterError."""
-    ray = _ray()
-    try:
-        if cluster.address == LOCAL:
-            count = cluster.workers or 1
-            ray.init(LOCAL, num_cpus=count, include_dashboard=False, log_to_driver=False, logging_level="warning")
-        else:
-            ray.init(cluster.address, log_to_driver=False, logging_level="warning")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"no Ray cluster at {cluster.address!r}: {error}") from error
-    try:
-        yield Workers(ray, cluster, machine_text(folders, metadata=metadata))
-    finally:
-        # with it go the placement group and the actors, which belong to this process
-        ray.shutdown()
+    with connected(cluster, cluster.count or 1) as connection:
+        bundles = _bundles(cluster, connection.gpus_of_machines())
+        facts = [machine_text(folders, metadata=metadata)] * bundles.count
+        yield Workers(connection.actors(bundles, "jobs", facts))
 
 
-def _ray() -> Any:
-    # read when Ray is imported, and handed to what it starts
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    try:
-        import ray
-    except ImportError as error:
-        raise ClusterError(
-            "Ray is not installed here: pip install 'ltx2-engine[ray]'. Without it, `ltx2 batch --join DIR` on every machine "
-            "does the same where they share a folder"
-        ) from error
-    return ray
+def _bundles(cluster: Cluster, gpus_of_machines: list[int]) -> Bundles:
+    """One for each worker: so many as there are GPUs for, or, without GPUs, machines."""
+    there = sum(gpus_of_machines)
+    gpus = min(there, 1) if cluster.gpus is None else cluster.gpus
+    count = cluster.count or (there // gpus if gpus else len(gpus_of_machines)) or 1
+    if gpus * count > there:
+        raise ClusterError(f"{count} workers with {gpus} GPUs each were asked for; the cluster has {there} GPUs")
+    return Bundles(count, gpus)
 
 
 class Workers:
     """Actors that run jobs, one a bundle."""
 
-    def __init__(self, ray: Any, cluster: Cluster, machine: str):
-        """Returns when all are ready. Raises ClusterError."""
-        from ray.util.placement_group import placement_group
-
-        self._ray, self._machine = ray, machine
-        gpus, count = _sizes(ray, cluster)
-        bundle: dict[str, float] = {"CPU": 1, **({"GPU": gpus} if gpus else {})}
-        self._group = placement_group([bundle] * count, strategy="SPREAD")
-        if not self._group.wait(_START_SECONDS):
-            raise ClusterError(
-                f"the cluster has no room for {count} workers of {bundle} within {_START_SECONDS:g} s; it has "
-                f"{ray.cluster_resources()}. Ask for fewer: --nodes, --gpus"
-            )
-        self._actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=2)(_node_class())
-        self._actors = [self._start(index) for index in range(count)]
-        try:
-            ray.get([actor.ready.remote() for actor in self._actors], timeout=_START_SECONDS)
-        except ray.exceptions.RayError as error:
-            raise ClusterError(f"a worker cannot begin: {error}") from error
+    def __init__(self, actors: Actors):
+        self._actors = actors
 
     def __len__(self) -> int:
         return len(self._actors)
 
     def submit(self, worker: int, request: str) -> Any:
         """What ``ended`` tells of when the worker has answered."""
-        return self._actors[worker].run.remote(request)
+        return self._actors.ask(worker, "run", request)
 
     def ended(self, running: list[Any], seconds: float) -> list[Any]:
-        return self._ray.wait(running, num_returns=1, timeout=seconds)[0]
+        return self._actors.ended(running, seconds)
 
     def answer(self, ended: Any) -> bytes | None:
         """The bytes of an answer; None from a worker that has died, or failed as no job can make it fail."""
         try:
-            return self._ray.get(ended)
-        except self._ray.exceptions.RayError as error:
+            return self._actors.answer(ended)
+        except ActorLost as error:
             _LOG.warning("a worker has died: %s", error)
             return None
 
     def replace(self, worker: int) -> None:
         """Another actor in the bundle of one that has died."""
-        self._ray.kill(self._actors[worker])
-        self._actors[worker] = self._start(worker)
+        self._actors.replace(worker)
 
     def stop(self, running: list[Any]) -> None:
         """Ask every worker to stop its job, and wait a while for those that run one."""
-        for actor in self._actors:
-            actor.stop.remote()
-        if running:
-            self._ray.wait(running, num_returns=len(running), timeout=_STOP_SECONDS)
-
-    def _start(self, index: int) -> Any:
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-        return self._actor.options(scheduling_strategy=place).remote(str(PACK), self._machine)
-
-
-def _sizes(ray: Any, cluster: Cluster) -> tuple[int, int]:
-    """GPUs of a worker, and how many workers."""
-    there = int(ray.cluster_resources().get("GPU", 0))
-    gpus = min(there, 1) if cluster.gpus is None else cluster.gpus
-    machines = sum(1 for node in ray.nodes() if node["Alive"])
-    count = cluster.workers or (there // gpus if gpus > 0 else machines) or 1
-    if count < 1 or gpus < 0 or gpus * count > there:
-        raise ClusterError(f"{count} workers with {gpus} GPUs each were asked for; the cluster has {there} GPUs")
-    return gpus, count
-
-
-def _node_class() -> type:
-    """The class of an actor. Defined in a function, so that Ray sends its lines: a worker cannot import the pack by name."""
-
-    class Node:
-        def __init__(self, pack: str, machine: str):
-            import pathlib
-            import sys
-            import types
-
-            if pathlib.Path(pack).is_dir():
-                package = types.ModuleType("ltx2_engine")
-                package.__path__ = [pack]
-                sys.modules["ltx2_engine"] = package
-            from ltx2_engine.nodes.runner.remote import RemoteNode
-
-            self.node = RemoteNode(machine)
-
-        def ready(self) -> bool:
-            return True
-
-        def run(self, request: str) -> bytes:
-            return self.node.run(request)
-
-        def stop(self) -> None:
-            self.node.stop()
-
-    return Node
+        for worker in range(len(self._actors)):
+            self._actors.ask(worker, "stop")
+        self._actors.ended(running, _STOP_SECONDS, count=len(running))
 
 
 def serve(queue: JobQueue, workers: Workers, host: RunnerHost, report: Report, *, wait: bool = False) -> None:

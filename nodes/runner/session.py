@@ -13,7 +13,7 @@ from ...ltx2_core.paths import PathError
 from ...ltx2_core.standalone import StandaloneHost
 from .execute import Event, RunResult, execute
 from .options import apply_settings
-from .schema import NodeTable
+from .schema import NodeTable, Prompt
 from .validate import validate
 from .workflow import Workflow
 
@@ -74,6 +74,11 @@ class Session:
         self._nodes, self._metadata, self._keep, self._on_event = nodes, metadata, keep_models, on_event
         self._models: list[Any] = []
 
+    def check(self, workflow: Workflow, settings: Sequence[str] = ()) -> None:
+        """Raises WorkflowError, OptionError and PathError as ``run`` does before the first node."""
+        with use_host(self.host):
+            self._checked(workflow, settings)
+
     def run(self, workflow: Workflow, output: Path, settings: Sequence[str] = ()) -> RunResult:
         """Run a workflow and save into ``output``.
 
@@ -83,10 +88,9 @@ class Session:
         host.output_dir = output
         # input lists come from the host, so it is in place before the nodes are asked what they take
         with use_host(host):
-            chosen = apply_settings(workflow.prompt, self._nodes, settings)
-            prompt = validate(chosen, self._nodes)
+            chosen, prompt = self._checked(workflow, settings)
             extra = workflow.extra_data.get("extra_pnginfo") or {}
-            _make_folder(output)
+            make_output(output)
             host.metadata = {**extra, "prompt": chosen} if self._metadata else None
             if event is not None:
                 event("queued", node_count=len(prompt))
@@ -96,8 +100,13 @@ class Session:
             self._models = models
         return result
 
+    def _checked(self, workflow: Workflow, settings: Sequence[str]) -> tuple[Prompt, Prompt]:
+        """The prompt with the settings, and what of it is to be executed."""
+        chosen = apply_settings(workflow.prompt, self._nodes, settings)
+        return chosen, validate(chosen, self._nodes)
 
-def _make_folder(output: Path) -> None:
+
+def make_output(output: Path) -> None:
     """Have the output folder before hours of work, of which it would be the last step. Raises PathError."""
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -124,6 +124,32 @@ def test_an_output_folder_that_cannot_be_is_refused_before_anything_runs(flow, t
         assert envelope["error"]["message"].endswith("Choose another: --output")
 
 
+@pytest.mark.parametrize("option", ["--nodes", "--gpus"])
+def test_parts_of_a_cluster_need_its_name(flow, tmp_path, capsys, option):
+    assert cli.main(["run", flow(picture()), "--output", str(tmp_path), option, "2"], nodes={}) == 2
+    assert capsys.readouterr().err == (
+        "ltx2: --nodes and --gpus say what to take of a Ray cluster: name it with --ray ADDRESS\n"
+    )
+
+
+def test_a_cluster_is_asked_for_nothing_that_can_be_refused_here(flow, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    arguments = ["--ray", "local", "--nodes", "2", "--output", str(tmp_path / "out")]
+    assert cli.main(["run", flow(picture(color=-1)), "--models", str(tmp_path), *arguments], nodes={}) == 2
+    assert "Value -1 smaller than min of 0: color" in capsys.readouterr().err
+    assert cli.main(["run", flow(picture()), *arguments, "--set", "Nobody.x=1"], nodes={}) == 2
+    assert "no node is called 'Nobody'" in capsys.readouterr().err
+    assert cli.main(["run", flow(picture()), "--ray", "local", "--nodes", "0"], nodes={}) == 2
+    assert "--nodes must be 1 or more, found 0" in capsys.readouterr().err
+    assert cli.main(["run", flow(picture()), *arguments], nodes={}) == 2
+    assert "pip install 'ltx2-engine[ray]'" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    assert cli.main(["run", flow(picture()), *arguments], nodes={}) == 2
+    assert "choose one of them" in capsys.readouterr().err
+
+
 def test_an_invalid_workflow_lists_every_problem_and_exits_2(flow, capsys):
     prompt = picture(color=-1)
     prompt["1"]["inputs"] |= {"width": 0, "height": "x"}
