@@ -135,6 +135,14 @@ def vae(dtype):
     kernels.depth_to_space.twin(x, (2, 1, 1))
 
 
+def meeting():
+    """It has no twin: processes that do not share a GPU's memory have other means."""
+    from ltx2_engine.kernels.meet_triton import meet_kernel
+
+    words = of(2, dtype=torch.int32)
+    meet_kernel[(1,)](of(1, dtype=torch.int32), words, of(2, dtype=torch.int64), 0, SIZE=2, num_warps=1)
+
+
 if __name__ == "__main__":
     driver.set_active(Driver(int(sys.argv[1])))
     compile_only()
@@ -142,6 +150,7 @@ if __name__ == "__main__":
     attention(BF16)
     vae(BF16)
     sampling()
+    meeting()
     if "--float16" in sys.argv:
         residual(F16)
         attention(F16)
