@@ -87,7 +87,7 @@ def rows_of(job: Job, visits: list[Visit]) -> Iterator[Row]:
         for case, given in visited.steps.items():
             yield Row(f"{case}: {gpus(visited.size)}: time", visited.slowest(case), "ms")
             yield Row(
-                f"{case}: {gpus(visited.size)}: peak memory of a rank, of PyTorch",
+                f"{case}: {gpus(visited.size)}: peak memory of a rank",
                 max(one["peak"] for one in given) / GIB,
                 "GiB",
             )

@@ -112,7 +112,7 @@ def rows_of(job: Job, visits: list[Visit]) -> Iterator[Row]:
         who = f"{job.shape}: {gpus(visited.size)}"
         for where in visited.times:
             yield Row(f"{who}, to the {where}: time", visited.slowest(where), "ms")
-        yield Row(f"{who}: peak memory of a rank, of PyTorch", visited.peak / GIB, "GiB")
+        yield Row(f"{who}: peak memory of a rank", visited.peak / GIB, "GiB")
     for visited in visits[1:]:
         for where in visited.times:
             ratio = one.slowest(where) / visited.slowest(where)

@@ -1,7 +1,7 @@
 """Which of two ways the tokens of one group of ranks are exchanged: through NCCL, or by copy engines beside the computing.
 
-Copy engines are used where GPUs reach each other's memory, the results are those of NCCL, and both take less time beside
-matrix products. That is tried once, when a group begins.
+Copy engines are used where GPUs reach each other's memory, what arrives has the bits that NCCL brings, and an exchange beside
+matrix products takes less time on every rank. That is tried once, when a group begins.
 """
 
 from __future__ import annotations
