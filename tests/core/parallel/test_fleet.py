@@ -16,33 +16,37 @@ import psutil
 import pytest
 import torch
 from ltx2_engine.ltx2_core.av import AV
-from ltx2_engine.ltx2_core.conditioning.image import ImageCondition
-from ltx2_engine.ltx2_core.conditioning.keyframe import KeyframeCondition
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
 from ltx2_engine.ltx2_core.fleet import engine as fleet_engine
 from ltx2_engine.ltx2_core.handles import ModelHandle, open_engine
-from ltx2_engine.ltx2_core.host import Interrupted, PreviewSpec, use_host
-from ltx2_engine.ltx2_core.job import SampleJob
+from ltx2_engine.ltx2_core.host import Interrupted, use_host
 from ltx2_engine.ltx2_core.model_spec import ModelSpec
 from ltx2_engine.ltx2_core.parallel.job_run import WorkerError
 from ltx2_engine.ltx2_core.parallel.worker_group import WorkersBusy
-from ltx2_engine.ltx2_core.sampling.choice import SamplerChoice
-from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance
 from ltx2_engine.ltx2_core.shapes import ClipShape
 from ltx2_engine.ltx2_core.standalone import StandaloneHost
 from ltx2_engine.ltx2_core.testing import assert_close
 from ltx2_engine.ltx2_core.text.enhance import EnhanceRequest
 from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file, write_tiny_set
 
+from .fleet_cases import (
+    GUIDED,
+    LONG,
+    SHORT,
+    RecordingHost,
+    compare,
+    conditioned,
+    job,
+    kill_at,
+    of_topology,
+    pids,
+    same,
+    stop_at,
+    works,
+)
 from .observe import Sockets, after, alive, internet_sockets, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
-CLIP = ClipShape(17, 96, 96, 24.0)
-OFF = StreamGuidance()
-GUIDED = StreamGuidance(cfg=3.0, stg=1.0, modality=3.0, rescale=0.7, stg_blocks=(1,))
-SHORT = (1.0, 0.6, 0.0)
-# some seconds of work
-LONG = tuple(1 - step / 1000 for step in range(1001))
 
 
 def is_loopback(line):
@@ -62,47 +66,6 @@ def only_loopback_sockets():
     new = sockets.seen - before
     assert new, "the transport's own sockets were seen"
     assert [line for line in new if not is_loopback(line)] == []
-
-
-class RecordingHost(StandaloneHost):
-    """Notes progress, and calls ``on_step`` with every report of sampling."""
-
-    def __init__(self):
-        super().__init__(progress="quiet")
-        self.reports, self.pictures = [], []
-        self.on_step = self.on_loading = self.on_frames = lambda value: None
-
-    def progress(self, total, label, node_id=None):
-        return Recorded(self, total, label)
-
-    def wants_preview(self, channels):
-        return PreviewSpec(((0.1, 0.2, 0.3),) * channels, (0.0, 0.0, 0.0))
-
-
-class Recorded:
-    def __init__(self, host, total, label):
-        self.host, self.total, self.label, self.value = host, total, label, 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.host.reports.append((self.label, "closed"))
-
-    def step(self, n=1, picture=None):
-        self.host.pictures.append(picture)
-        self.to(self.value + n)
-
-    def to(self, value, total=None):
-        self.value = value
-        self.host.reports.append((self.label, value))
-        if self.label == "sampling":
-            self.host.on_step(value)
-        if self.label == "decoding video":
-            self.host.on_frames(value)
-        if self.label.startswith("loading transformer"):
-            self.host.on_loading(value)
-        self.host.check_interrupt()
 
 
 @pytest.fixture
@@ -155,41 +118,6 @@ def fleet(spec, fault):
 def no_fault(fault):
     yield
     fault.unlink(missing_ok=True)
-
-
-def pids(engine):
-    processes = engine._fleet.workers.group._processes
-    return [] if processes is None else processes.pids()
-
-
-def job(single, guidance=OFF, *, sigmas=SHORT, latent=None, sampler="euler", **fields):
-    _, positive, negative = single
-    latent = AVLatent(CLIP) if latent is None else latent
-    return SampleJob(latent, positive, negative, AV(guidance, guidance), sigmas, SamplerChoice(sampler), 3, **fields)
-
-
-def conditioned():
-    image = torch.rand(70, 110, 3, generator=torch.Generator().manual_seed(0))
-    return AVLatent(CLIP).with_condition(ImageCondition(image, 0.8, crf=0), KeyframeCondition(image, -1, 0.9, crf=0))
-
-
-def of_topology(engine, topology):
-    return open_engine(replace(engine.files.spec, topology=topology))
-
-
-def compare(name, got, want, tolerance=1e-5):
-    for stream in ("video", "audio"):
-        ours, theirs = getattr(got.latents, stream), getattr(want.latents, stream)
-        assert float(theirs.std()) > 0.05
-        assert_close(f"{name}, {stream}", ours, theirs, tolerance)
-
-
-def same(got, want):
-    return all(map(torch.equal, got.latents.present(), want.latents.present()))
-
-
-def works(engine, single):
-    compare("the next job", engine.sample(job(single)), single[0].sample(job(single)))
 
 
 @pytest.mark.parametrize("topology", ["single", "tensor", "helix"])
@@ -308,16 +236,9 @@ def test_four_ranks_make_the_clip_of_one(recording, spec, single):
 
 @pytest.mark.parametrize("topology", ["1x2", "2x1"])
 def test_a_stop_ends_the_job_within_a_second_and_not_the_workers(recording, fleet, single, topology):
-    engine, asked = of_topology(fleet, topology), []
+    engine = of_topology(fleet, topology)
     engine.sample(job(single))
-    before = pids(fleet)
-
-    def stop(value):
-        if value >= 3 and not asked:
-            asked.append(time.monotonic())
-            recording.interrupt()
-
-    recording.on_step = stop
+    before, asked = pids(fleet), stop_at(recording, 3)
     with pytest.raises(Interrupted):
         engine.sample(job(single, GUIDED, sigmas=LONG))
     assert time.monotonic() - asked[0] < 1.0
@@ -418,14 +339,8 @@ def test_a_rank_that_fails_in_a_step_is_named_and_the_next_job_works(recording, 
 
 def test_a_killed_rank_is_named_and_the_next_job_works(recording, fleet, single):
     fleet.sample(job(single))
-    before, killed = pids(fleet), []
-
-    def kill(value):
-        if value >= 2 and not killed:
-            killed.append(time.monotonic())
-            os.kill(before[1], signal.SIGKILL)
-
-    recording.on_step = kill
+    before = pids(fleet)
+    killed = kill_at(recording, 2, before[1])
     with pytest.raises(WorkerError, match="rank 1 failed in stage 'sampling': was ended by SIGKILL"):
         fleet.sample(job(single, sigmas=LONG))
     assert time.monotonic() - killed[0] < 15

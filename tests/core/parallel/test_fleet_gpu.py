@@ -1,7 +1,5 @@
 """A fleet on GPUs, over NCCL: the clip of one GPU, the same bits twice, a Stop, a killed rank. Two ranks share the only GPU."""
 
-import os
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +14,8 @@ from ltx2_engine.ltx2_core.parallel.job_run import WorkerError
 from ltx2_engine.ltx2_core.testing import cosine
 from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file, write_tiny_set
 
+from .fleet_cases import GUIDED, LONG, OFF, RecordingHost, job, kill_at, of_topology, pids, same, stop_at
 from .observe import alive
-from .test_fleet import GUIDED, LONG, OFF, RecordingHost, job, of_topology, pids, same
 
 pytestmark = [
     pytest.mark.gpu,
@@ -89,16 +87,9 @@ def test_two_gpus_decode_the_frames_of_one(recording, fleet, single):
 
 @pytest.mark.parametrize("topology", ["1x2", "2x1"])
 def test_a_stop_ends_the_job_within_a_second_and_not_the_workers(recording, fleet, single, topology):
-    engine, asked = of_topology(fleet, topology), []
+    engine = of_topology(fleet, topology)
     engine.sample(job(single))
-    before = pids(fleet)
-
-    def stop(value):
-        if value >= 20 and not asked:
-            asked.append(time.monotonic())
-            recording.interrupt()
-
-    recording.on_step = stop
+    before, asked = pids(fleet), stop_at(recording, 20)
     with pytest.raises(Interrupted):
         engine.sample(job(single, GUIDED, sigmas=LONG))
     seconds = time.monotonic() - asked[0]
@@ -111,14 +102,8 @@ def test_a_stop_ends_the_job_within_a_second_and_not_the_workers(recording, flee
 
 def test_a_killed_rank_is_named_and_the_next_job_works(recording, fleet, single):
     fleet.sample(job(single))
-    before, killed = pids(fleet), []
-
-    def kill(value):
-        if value >= 20 and not killed:
-            killed.append(time.monotonic())
-            os.kill(before[1], signal.SIGKILL)
-
-    recording.on_step = kill
+    before = pids(fleet)
+    killed = kill_at(recording, 20, before[1])
     with pytest.raises(WorkerError, match="rank 1 failed in stage 'sampling': was ended by SIGKILL"):
         fleet.sample(job(single, sigmas=LONG))
     told = time.monotonic() - killed[0]
