@@ -42,13 +42,13 @@ PROBE = "blocks.7.video.attn1.to_q.weight"
 
 
 @while_loading
-def new_store(path: Path, model: ModelConfig, policy: str | None = None) -> WeightStore:
+def new_store(path: Path, model: ModelConfig, policy: str | None = None, device: torch.device = DEVICE) -> WeightStore:
     """A store for a transformer, from its file's header on, as an engine and a component make it."""
     sources = sources_of((read_header(path),), "transformer")
     module = build_on_meta("transformer", model)
-    store = WeightStore(module, sources, device=DEVICE, dtype=torch.bfloat16)
+    store = WeightStore(module, sources, device=device, dtype=torch.bfloat16)
     for block in module.blocks:
-        store.give_memory_later(block, partial(Arena.of, device=DEVICE, pin=False))
+        store.give_memory_later(block, partial(Arena.of, device=device, pin=False))
     store.pristine.policy = policy
     return store
 

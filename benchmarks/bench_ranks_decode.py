@@ -29,7 +29,7 @@ from torch import Tensor
 
 BARS = {2: ">= 1.7", 4: ">= 3.0"}
 # of frames from 0 to 1, in float32: a convolution of fewer rows may sum in another order
-TOLERANCE = 1e-5
+TOLERANCE = 2e-5
 # of pixels from -1 to 1 in bfloat16, where it may be another algorithm
 LEAST_COSINE = 0.9999
 

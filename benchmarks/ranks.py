@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import faulthandler
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +30,9 @@ SIZES = (1, 2, 4)
 PATIENCE_SECONDS = 900
 WARM_UPS = 2
 _POLL_SECONDS = 0.1
+# makes a rank print what its threads are doing
+_TELL_WHERE = signal.SIGUSR1
+_TELLING_SECONDS = 1
 # of a failed rank's output
 _LAST_LINES = 40
 
@@ -37,8 +43,10 @@ def run_ranks(
     """Have so many ranks run a script of this folder, and return what each has answered.
 
     job: a dataclass of JSON values, for ``main_of_rank``. descriptors: files that the ranks inherit. patience: seconds. What
-    the ranks print is shown where they fail only. Raises SystemExit with it when one fails or takes too long; the others end.
+    rank 0 prints is shown when all are done. Raises SystemExit with what the failed ones printed when one fails, takes too
+    long, or this process is interrupted or told to end; the others end.
     """
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
@@ -54,7 +62,8 @@ def run_ranks(
                             command, env=environment, pass_fds=descriptors, stdout=output, stderr=subprocess.STDOUT
                         )
                     )
-            failed = _wait(running, patience)
+            with _told_to_end():
+                failed = _wait(running, patience)
         finally:
             for process in running:
                 process.kill()
@@ -63,20 +72,44 @@ def run_ranks(
             raise SystemExit(
                 "\n".join(f"rank {rank} of {size} {how}{_end(logs[rank])}" for rank, how in failed.items())
             )
+        print(f"{script}, {gpus(size)}, took {time.perf_counter() - start:.0f} s{_end(logs[0])}", flush=True)
         return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(size)]
 
 
 def _wait(running: list[subprocess.Popen], patience: float) -> dict[int, str]:
-    """Ranks that failed until the first of them was seen, or that are not done in time, and which of both; else none."""
-    gives_up = time.monotonic() + patience
-    while True:
-        codes = [process.poll() for process in running]
-        failed = {rank: f"failed ({code})" for rank, code in enumerate(codes) if code}
-        if failed or None not in codes:
-            return failed
-        if time.monotonic() > gives_up:
-            return {rank: f"took more than {patience:g} s" for rank, code in enumerate(codes) if code is None}
-        time.sleep(_POLL_SECONDS)
+    """Ranks that failed until the first of them was seen, or that were not done in time, and which of both; else none.
+
+    Those that were not done have printed where they were.
+    """
+    gives_up, how = time.monotonic() + patience, f"took more than {patience:g} s"
+    try:
+        while time.monotonic() < gives_up:
+            codes = [process.poll() for process in running]
+            failed = {rank: f"failed ({code})" for rank, code in enumerate(codes) if code}
+            if failed or None not in codes:
+                return failed
+            time.sleep(_POLL_SECONDS)
+    except KeyboardInterrupt:
+        how = "was stopped"
+    late = {rank: how for rank, process in enumerate(running) if process.poll() is None}
+    for rank in late:
+        running[rank].send_signal(_TELL_WHERE)
+    time.sleep(_TELLING_SECONDS)
+    return late
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """A wish that this process end is Ctrl-C to it, so that no rank is left behind."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(log: Path) -> str:
@@ -153,6 +186,7 @@ def main_of_rank(work: Callable[[Rank, dict[str, Any]], dict[str, Any]]) -> None
 
     RANK, LOCAL_RANK and WORLD_SIZE are in the environment, the job is in FOLDER/job.json.
     """
+    faulthandler.register(_TELL_WHERE)
     folder = Path(sys.argv[1])
     number, size, place = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     on_gpu = torch.cuda.is_available()

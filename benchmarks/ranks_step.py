@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pack  # noqa: F401
@@ -42,6 +43,8 @@ from step_profile import STEPS, profile
 from step_quality import attention
 from timing import allocated, clean
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 Seat = tuple[ParallelContext, PassGroups]
 
@@ -80,6 +83,7 @@ def work(rank: Rank, given: dict[str, Any]) -> dict[str, Any]:
                 times = rank.times(run, job.repeats)
                 key = " ".join((shape, name(topology) if topologies else "", "graphs" if graphed else "")).strip()
                 found[key] = {"times": times, "peak": peak(rank) - weights, "digest": digest(run())}
+                log.info("%s: %.1f ms", key, median(times))
                 if graphed and job.profile and rank.size > 1 and not topologies:
                     found[key] |= launches(key, run, rank, job)
                 # with the memory of its graphs
