@@ -41,7 +41,7 @@ log = logging.getLogger("ltx2.engine")
 
 T = TypeVar("T")
 
-# "1" in the environment: ranks on GPUs share what has to be read; whether that is faster there has not been measured
+# "off" in the environment: every rank reads everything
 SHARED_READING = "LTX2_SHARED_READING"
 
 # whoever waits longer than the parent allows is ended by it, and nobody else knows how long loading may take
@@ -98,7 +98,7 @@ class Team(Ranks):
         return self._agreement.least(number)
 
     def share(self, plan: Callable[[], int | None], label: str) -> Sharing | None:
-        if self._device.type == "cuda" and os.environ.get(SHARED_READING) != "1":
+        if os.environ.get(SHARED_READING) == "off":
             return None
         plans = self._agreement.numbers(plan())
         if set(plans) == {None}:

@@ -1,5 +1,9 @@
 """ranks.py: what is told of ranks that fail, and that none is left."""
 
+import os
+import re
+import signal
+import threading
 import time
 from dataclasses import dataclass
 
@@ -25,10 +29,10 @@ def script(folder, lines):
     return "script.py"
 
 
-def test_answers_come_in_order_and_what_is_printed_stays_away(ranks, tmp_path, capfd):
-    name = script(tmp_path, "print('noise')\n(folder / f'{rank}.json').write_text('{\"rank\": %s}' % rank)")
+def test_answers_come_in_order_and_what_rank_0_said_is_shown(ranks, tmp_path, capfd):
+    name = script(tmp_path, "print('this is', rank)\n(folder / f'{rank}.json').write_text('{\"rank\": %s}' % rank)")
     assert ranks.run_ranks(name, 2, Nothing()) == [{"rank": 0}, {"rank": 1}]
-    assert capfd.readouterr().out == ""
+    assert re.fullmatch(r"script.py, 2 GPUs, took \d s:\n  this is 0\n", capfd.readouterr().out)
 
 
 def test_a_rank_that_fails_is_told_with_the_end_of_its_log_and_ends_the_others(ranks, tmp_path):
@@ -56,3 +60,17 @@ def test_all_that_take_too_long_are_told(ranks, tmp_path):
         ranks.run_ranks(name, 2, Nothing(), patience=3)
     said = "rank {} of 2 took more than 3 s:\n  begins"
     assert str(failed.value) == f"{said.format(0)}\n{said.format(1)}"
+
+
+@pytest.mark.parametrize("wish", [signal.SIGTERM, signal.SIGINT])
+def test_ranks_of_a_stopped_benchmark_say_where_they_are_and_end(ranks, tmp_path, wish):
+    lines = "import faulthandler, signal\nfaulthandler.register(signal.SIGUSR1)\n"
+    name = script(tmp_path, f"{lines}def deep():\n    time.sleep(60)\ndeep()")
+    threading.Timer(3, os.kill, (os.getpid(), wish)).start()
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as failed:
+        ranks.run_ranks(name, 1, Nothing())
+    assert time.monotonic() - started < 10
+    said = str(failed.value)
+    assert said.startswith("rank 0 of 1 was stopped:")
+    assert "in deep" in said

@@ -103,6 +103,26 @@ def works(engine, single):
     compare("the next job", engine.sample(job(single)), single[0].sample(job(single)))
 
 
+def forget(fleet):
+    """Have fresh workers begin with the next job."""
+    workers = fleet._fleet.workers
+    workers.release(workers.devices[0], None)
+    assert not workers.group.alive
+
+
+# of the tiny transformer: three blocks, the rest, and the last word
+ALL_PARTS = [5, 5]
+
+
+def parts_given(folder):
+    """How many parts each rank was given in the last reading that they shared, as ``fleet_worker.py`` writes it there. Forgets."""
+    files = [folder / f"given-{rank}" for rank in range(2)]
+    found = [int(file.read_text()) if file.exists() else 0 for file in files]
+    for file in files:
+        file.unlink(missing_ok=True)
+    return found
+
+
 def stop_at(recording, step):
     """Have the user stop a job at that step of sampling. Returns the list that gets the time of it."""
     return _once_at(recording, step, recording.interrupt)

@@ -58,6 +58,8 @@ def memory(plain, device):
 
     def free():
         torch.cuda.synchronize(device)
+        # places are made where PyTorch has given back what it keeps
+        torch.cuda.empty_cache()
         plain.agree(True, device)
         found = torch.cuda.mem_get_info(device)[0]
         # nobody goes on before all have looked: two ranks may share one GPU

@@ -18,6 +18,7 @@ import torch
 from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning.latent import AVLatent
 from ltx2_engine.ltx2_core.fleet import engine as fleet_engine
+from ltx2_engine.ltx2_core.fleet.team import SHARED_READING
 from ltx2_engine.ltx2_core.handles import ModelHandle, open_engine
 from ltx2_engine.ltx2_core.host import Interrupted, use_host
 from ltx2_engine.ltx2_core.model_spec import ModelSpec
@@ -30,15 +31,18 @@ from ltx2_engine.ltx2_core.text.enhance import EnhanceRequest
 from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file, write_tiny_set
 
 from .fleet_cases import (
+    ALL_PARTS,
     GUIDED,
     LONG,
     SHORT,
     RecordingHost,
     compare,
     conditioned,
+    forget,
     job,
     kill_at,
     of_topology,
+    parts_given,
     pids,
     same,
     stop_at,
@@ -379,21 +383,8 @@ def test_memory_is_given_back_and_taken_again(recording, fleet, single):
 @pytest.fixture
 def given(fault):
     """How many parts each rank was given in the last reading that they shared; a function that forgets what was."""
-    files = [fault.with_name(f"given-{rank}") for rank in range(2)]
-
-    def counts():
-        found = [int(file.read_text()) if file.exists() else 0 for file in files]
-        for file in files:
-            file.unlink(missing_ok=True)
-        return found
-
-    counts()
-    return counts
-
-
-def forget(fleet):
-    """Have fresh workers begin with the next job."""
-    fleet._fleet.workers.release("cpu", None)
+    parts_given(fault.parent)
+    return lambda: parts_given(fault.parent)
 
 
 def alive_without_reading(fleet):
@@ -402,20 +393,16 @@ def alive_without_reading(fleet):
         fleet.enhance(EnhanceRequest("fox " * 5000, topology="single"))
 
 
-# three blocks, the rest, and the last word
-ALL = [5, 5]
-
-
 def test_ranks_share_what_they_read(recording, fleet, single, models, given):
     forget(fleet)
     fleet.start()
     works(fleet, single)
-    assert given() == ALL
+    assert given() == ALL_PARTS
     forget(fleet)
     # rank 0 reads the text encoder first
     fleet.encode("a bell rings")
     works(fleet, single)
-    assert given() == ALL
+    assert given() == ALL_PARTS
     # a LoRA too, in the three blocks
     lora = next((models / "loras").iterdir())
     ours, theirs = (ModelHandle(one.files.spec, one).with_lora(lora, 0.7) for one in (fleet, single[0]))
@@ -426,12 +413,20 @@ def test_ranks_share_what_they_read(recording, fleet, single, models, given):
     assert given() == [0, 0]
     forget(fleet)
     compare("both at once", ours.engine.sample(job(single)), theirs.engine.sample(job(single)))
-    assert given() == ALL
+    assert given() == ALL_PARTS
     theirs = ModelHandle(single[0].files.spec, single[0]).with_lora(lora, 0.3)
     ours = ModelHandle(fleet.files.spec, fleet).with_lora(lora, 0.3)
     compare("another strength", ours.engine.sample(job(single)), theirs.engine.sample(job(single)))
     assert given() == [4, 4]
     works(fleet, single)
+
+
+def test_each_rank_reads_everything_where_the_environment_says_so(recording, fleet, single, given, monkeypatch):
+    monkeypatch.setenv(SHARED_READING, "off")
+    forget(fleet)
+    works(fleet, single)
+    assert given() == [0, 0]
+    forget(fleet)
 
 
 def test_ranks_that_decode_at_once_have_read_before(recording, fleet, single, fault, given):
@@ -440,7 +435,7 @@ def test_ranks_that_decode_at_once_have_read_before(recording, fleet, single, fa
     fault.write_text(json.dumps({"rank": 1, "place": "slow file"}))
     fleet.start()
     fleet.decode(want, "auto")
-    assert given() == ALL
+    assert given() == ALL_PARTS
 
 
 @pytest.mark.parametrize("begin", ["in the background", "when they sample"])

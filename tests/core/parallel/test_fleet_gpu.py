@@ -1,4 +1,5 @@
-"""A fleet on GPUs, over NCCL: the clip of one GPU, the same bits twice, a Stop, a killed rank. Two ranks share the only GPU."""
+"""A fleet on GPUs, over NCCL: one reading, the clip of one GPU, the same bits twice, a Stop, a killed rank, the memory of many
+clips. Two ranks share the only GPU."""
 
 import time
 from dataclasses import replace
@@ -14,7 +15,21 @@ from ltx2_engine.ltx2_core.parallel.job_run import WorkerError
 from ltx2_engine.ltx2_core.testing import cosine
 from ltx2_engine.ltx2_core.tiny import TEXT_ENCODER, checkpoint_file, write_tiny_set
 
-from .fleet_cases import GUIDED, LONG, OFF, RecordingHost, job, kill_at, of_topology, pids, same, stop_at
+from .fleet_cases import (
+    ALL_PARTS,
+    GUIDED,
+    LONG,
+    OFF,
+    RecordingHost,
+    forget,
+    job,
+    kill_at,
+    of_topology,
+    parts_given,
+    pids,
+    same,
+    stop_at,
+)
 from .observe import alive
 
 pytestmark = [
@@ -25,6 +40,9 @@ pytestmark = [
 STEPS = tuple(1 - step / 8 for step in range(9))
 # of bfloat16 latents behind eight steps
 LEAST_COSINE = 0.999
+SETTLED, CLIPS = 10, 30
+# what a driver keeps or gives back; a rank's frames of twenty clips are more
+SLACK_BYTES = 6 << 20
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +61,15 @@ def single(spec):
 
 
 @pytest.fixture(scope="module")
-def fleet(spec, tmp_path_factory):
+def faults(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def fleet(spec, faults):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fleet_engine, "ENTRY", Path(__file__).with_name("fleet_worker.py"))
-        patch.setenv("LTX2_TEST_FAULT", str(tmp_path_factory.mktemp("faults") / "none"))
+        patch.setenv("LTX2_TEST_FAULT", str(faults / "none"))
         if torch.cuda.device_count() < 2:
             patch.setenv("LTX2_TEST_ONE_GPU", "1")
             patch.setattr(fleet_engine, "rank_devices", lambda *_: ("cuda:0", "cuda:0"))
@@ -76,6 +99,15 @@ def test_two_gpus_make_the_clip_of_one_and_the_same_bits_twice(recording, fleet,
     assert same(engine.sample(given), got)
     answers, _ = engine._run("sample", job=given, preview=None)
     assert len({answer.body["digest"] for answer in answers}) == 1
+
+
+def test_ranks_share_what_they_read(recording, fleet, single, faults):
+    fleet.sample(job(single))
+    forget(fleet)
+    parts_given(faults)
+    got = fleet.sample(job(single))
+    assert parts_given(faults) == ALL_PARTS
+    alike(got, single[0].sample(job(single)))
 
 
 def test_two_gpus_decode_the_frames_of_one(recording, fleet, single):
@@ -115,3 +147,19 @@ def test_a_killed_rank_is_named_and_the_next_job_works(recording, fleet, single)
     assert told < 15
     assert again < 60
     alike(got, single[0].sample(job(single)))
+
+
+def test_what_devices_hold_does_not_grow_from_clip_to_clip(recording, fleet, single):
+    engines, given = [of_topology(fleet, topology) for topology in ("1x2", "2x1")], job(single, GUIDED, sigmas=STEPS)
+    for number in range(CLIPS):
+        clip = engines[number % 2].decode(engines[number % 2].sample(given), "auto")
+        assert float(clip.frames.std()) > 0.01
+        if number + 1 == SETTLED:
+            before = free_bytes()
+    lost = [then - now for then, now in zip(before, free_bytes(), strict=True)]
+    print(f"{CLIPS - SETTLED} clips took {[count >> 10 for count in lost]} KiB of each GPU")
+    assert max(lost) <= SLACK_BYTES
+
+
+def free_bytes():
+    return [torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count())]
