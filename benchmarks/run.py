@@ -28,6 +28,7 @@ BENCHMARKS = {
     "decode": ("bench_decode.py",),
     "ranks": ("bench_ranks.py",),
     "ranks_decode": ("bench_ranks_decode.py",),
+    "ranks_load": ("bench_ranks_load.py",),
     "generate": ("bench_generate.py",),
     "generate_guided": ("bench_generate.py", "--flow", "guided"),
     "generate_hq": ("bench_generate.py", "--flow", "hq_two_stage", "--compare"),
@@ -40,7 +41,8 @@ BENCHMARKS = {
 # how a benchmark is asked for a trial that takes seconds; the others have none
 TRIALS = {"bench_stream.py": "--small", "bench_load_diffusers.py": "--tiny"}
 TRIALS |= dict.fromkeys(
-    (f"bench_{name}.py" for name in ("step", "kernels", "decode", "ranks", "ranks_decode", "enhance")), "--tiny"
+    (f"bench_{name}.py" for name in ("step", "kernels", "decode", "ranks", "ranks_decode", "ranks_load", "enhance")),
+    "--tiny",
 )
 
 
