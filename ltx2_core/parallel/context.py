@@ -41,7 +41,7 @@ class Copies(Protocol):
         ...
 
     def tokens(self, x: Tensor, split: Split) -> Tensor:
-        """Begin to give every rank its tokens of heads [1, N, W / P]. Returns where [1, share, W] will be."""
+        """Give every rank its tokens of heads [1, N, W / P]. Returns [1, share, W]; ranks have met then."""
         ...
 
     def meet(self) -> None:
@@ -156,9 +156,7 @@ class Split:
             return x
         copies = self.context.copies
         if copies is not None and copies.carries(x, self):
-            arriving = copies.tokens(x, self)
-            copies.meet()
-            return arriving
+            return copies.tokens(x, self)
         shares = _filled(x, 1, self.share * self.size).unflatten(1, (self.size, -1))
         return _side_by_side(self.context.exchange.all_to_all(shares.movedim(1, 0).contiguous()))
 

@@ -111,6 +111,8 @@ def copy_rows(source: Rows, target: Rows, width: int, count: int, stream: torch.
     """So many rows of ``width`` bytes, in the order of the stream."""
     if count == 0:
         return
+    if source.pitch == target.pitch == width:
+        width, count = width * count, 1
     copy = _Copy(
         from_kind=_UNIFIED,
         from_device=source.address,

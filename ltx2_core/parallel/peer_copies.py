@@ -2,7 +2,8 @@
 
 NCCL moves tensors with kernels, which compete with the computing beside them. Copy engines do not: values travel while
 queries and keys are normed and rotated. Rows go from where they lie to where they belong, so nothing is packed or sorted on
-either side, which is two more passes over memory.
+either side, which is two more passes over memory. The more ranks there are, the shorter rows become, and engines are slow with
+short ones: then it is better to pack (``packs``), and to send one long piece to every rank.
 
 Every rank has one piece of memory that all others have opened (CUDA IPC): a place for each of queries, keys, values and
 results, and a word for each rank (``kernels/meet_triton.py``). Ranks meet behind every exchange. Heads and results take turns,
@@ -75,6 +76,10 @@ class PeerCopies:
         self._sides = tuple(torch.cuda.Stream(device) for _ in range(_ENGINES))
         self._shared: _Shared | None = None
         self._refused = False
+        # whether a rank's heads are brought together before they travel; all ranks alike
+        self.packs = False
+        # what engines read until the next meeting
+        self._packed: list[Tensor] = []
 
     def carries(self, x: Tensor, split: Split) -> bool:
         """Whether tokens [B, share, W] can go this way, which all ranks answer alike: one sample, and room for it."""
@@ -96,31 +101,40 @@ class PeerCopies:
         row = width * x.element_size()
         arriving = shared.tensor(place, (split.size * split.share, width), x.dtype)
         valid, first = split.valid, self._rank * split.share
-        source = rows_of(x[0])
+        parts = x[0, :valid].unflatten(1, (split.size, width)).movedim(1, 0)  # [P, valid, width]
+        if self.packs:
+            parts = _contiguous(parts)
+            self._packed.append(parts)
         self._begin()
         for peer in self._peers(split):
-            begin = Rows(source.address + peer * row, source.pitch)
             end = Rows(shared.bases[peer] + shared.offset(place) + first * row, row)
-            self._send(begin, end, row, valid)
-        _copy(arriving[first : first + valid], x[0, :valid, self._rank * width : (self._rank + 1) * width])
+            self._send(rows_of(parts[peer]), end, row, valid)
+        _copy(arriving[first : first + valid], parts[self._rank])
         return arriving[None, : split.tokens]
 
     def tokens(self, x: Tensor, split: Split) -> Tensor:
-        """The way back: begin to give every rank its tokens of these heads [1, N, W / P]. Returns [1, share, W]."""
+        """The way back: give every rank its tokens of these heads [1, N, W / P]. Returns [1, share, W]; ranks have met then."""
         shared = self._ready()
         width = x.shape[2]
         row = width * x.element_size()
-        arriving = shared.tensor(_RESULTS, (split.share, split.size * width), x.dtype)
+        # of every rank its heads, [P, share, width]: one after the other, or side by side in every token
+        if self.packs:
+            arriving = shared.tensor(_RESULTS, (split.size, split.share, width), x.dtype)
+        else:
+            arriving = shared.tensor(_RESULTS, (split.share, split.size, width), x.dtype).movedim(1, 0)
+        mine = arriving[self._rank]
+        start, pitch = mine.data_ptr() - shared.own.address, mine.stride(0) * x.element_size()
         source = rows_of(x[0])
         self._begin()
         for peer in self._peers(split):
-            begin = source.below(peer * split.share)
-            end = Rows(shared.bases[peer] + shared.offset(_RESULTS) + self._rank * row, row * split.size)
-            self._send(begin, end, row, split.valid_of(peer))
+            end = Rows(shared.bases[peer] + start, pitch)
+            self._send(source.below(peer * split.share), end, row, split.valid_of(peer))
         first, valid = self._rank * split.share, split.valid
-        _copy(arriving[:valid, self._rank * width : (self._rank + 1) * width], x[0, first : first + valid])
-        arriving[valid:].zero_()
-        return arriving[None]
+        _copy(mine[:valid], x[0, first : first + valid])
+        arriving[:, valid:].zero_()
+        self.meet()
+        side_by_side = arriving.movedim(0, 1)
+        return (_contiguous(side_by_side) if self.packs else side_by_side).flatten(1)[None]
 
     def meet(self) -> None:
         """Go on, on the current stream, when what all ranks have begun is where it belongs."""
@@ -130,6 +144,7 @@ class PeerCopies:
         for side in self._sides:
             torch.cuda.current_stream(self._device).wait_stream(side)
         meet(shared.count, shared.words, shared.others, self._rank)
+        self._packed.clear()
 
     def _ready(self) -> _Shared:
         assert self._shared is not None, "take says whether there is memory"
@@ -204,6 +219,13 @@ class PeerCopies:
         words = self._collectives.all_gather(mine.to(self._device)).cpu()
         # a handle may end in zeros, so only a word of nothing else is none
         return [bytes(one.tolist()) if bool(one.any()) else b"" for one in words]
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    """A copy with its axes in the order of memory."""
+    target = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _copy(target, x)
+    return target
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

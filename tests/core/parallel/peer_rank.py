@@ -42,7 +42,11 @@ def main() -> None:
     plain = ParallelContext(RANK, SIZE, GroupCollectives())
     copied = replace(plain, copies=PeerCopies(RANK, plain.exchange, device))
     with torch.inference_mode():
-        found = exchanges(plain, copied, device) | evaluations(plain, copied, device)
+        found = {}
+        for how in ("rows", "packed"):
+            copied.copies.packs = how == "packed"
+            same_bits = exchanges(plain, copied, device) | evaluations(plain, copied, device)
+            found |= {f"{how}: {name}": value for name, value in same_bits.items()}
         found["what is chosen is right"] = same(plain, fastest_exchange(plain, device), 300, torch.bfloat16, device)
         copied.copies.close()
         found["memory"] = memory(plain, device)
