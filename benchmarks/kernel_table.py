@@ -106,6 +106,10 @@ def norm(size: Tokens, draw: Draw, **options: Any) -> Arguments:
     return (tokens(size, draw), (pair(size, draw),), EPS), options
 
 
+def modulate(size: Tokens, draw: Draw) -> Arguments:
+    return (tokens(size, draw), (pair(size, draw),), None), {}
+
+
 def norm_indexed(size: Tokens, draw: Draw) -> Arguments:
     scale, shift, _ = indexed(size, draw)
     return (tokens(size, draw), ((scale, shift),), EPS), {}
@@ -190,6 +194,7 @@ def products_of(make: Callable[..., tuple], wider: int, out: int) -> dict[str, A
 
 RNM = "residual_norm_modulate"
 VARIANTS = (
+    Variant(RNM, "modulate", modulate),
     Variant(RNM, "norm, modulate", norm),
     Variant(RNM, "norm, modulate by index", norm_indexed),
     Variant(RNM, "norm, modulate twice", norm_twice),

@@ -31,7 +31,7 @@ def _twin() -> Callable:
 def _fit(
     x: Tensor,
     modulations: tuple[Modulated, ...],
-    eps: float,
+    eps: float | None,
     *,
     branch: Tensor | None = None,
     gate: Rows | None = None,
@@ -57,7 +57,7 @@ def _fit(
             demand(a.shape == b.shape and a.stride() == b.stride(), "scale and shift of different strides")
             demand(b.dtype == a.dtype and b.device == a.device, "mixed dtypes")
     plain = tuple(modulation is None for modulation in modulations)
-    return shape[2], branch is None, gate is None, keep is None, tuple(indexed), plain, fast, quantize
+    return shape[2], eps is None, branch is None, gate is None, keep is None, tuple(indexed), plain, fast, quantize
 
 
 def _is_indexed(rows: Rows, x: Tensor, shape: Sequence[int]) -> bool:
@@ -79,7 +79,7 @@ def _is_indexed(rows: Rows, x: Tensor, shape: Sequence[int]) -> bool:
 def _sample(
     x: Tensor,
     modulations: tuple[Modulated, ...],
-    eps: float,
+    eps: float | None,
     *,
     branch: Tensor | None = None,
     gate: Rows | None = None,
@@ -96,7 +96,7 @@ def _sample(
 def residual_norm_modulate(
     x: Tensor,
     modulations: tuple[Modulated, ...],
-    eps: float,
+    eps: float | None,
     *,
     branch: Tensor | None = None,
     gate: Rows | None = None,
@@ -107,8 +107,8 @@ def residual_norm_modulate(
     """Return ``x + branch * gate * keep`` and, for each modulation, ``rms_norm(that) * (1 + scale) + shift``.
 
     x, branch: [B, T, C]. gate: a vector for each token. keep: [B, 1, 1], a factor for each sample. modulations: pairs of
-    scale and shift; None stands for the norm alone. The first result is x itself without a branch. The outputs are in x's
-    dtype; with ``quantize`` each is a pair of it and its ``Quantized`` rows.
+    scale and shift; None stands for the norm alone. eps: None for no norm, as of text. The first result is x itself without a
+    branch. The outputs are in x's dtype; with ``quantize`` each is a pair of it and its ``Quantized`` rows.
 
     Every operation rounds to x's dtype in turn, from left to right, as ltx-core 1.2 does; ``fast`` computes in float32 and
     rounds each result once. Raises ValueError for a gate or keep without a branch.
@@ -125,7 +125,7 @@ def residual_norm_modulate(
 def _chain(
     x: Tensor,
     modulations: tuple[Modulated, ...],
-    eps: float,
+    eps: float | None,
     branch: Tensor | None,
     gate: Rows | None,
     keep: Tensor | None,
@@ -139,7 +139,7 @@ def _chain(
         x = x + branch
     if not modulations:
         return x, ()
-    normed = F.rms_norm(x, x.shape[-1:], eps=eps)
+    normed = x if eps is None else F.rms_norm(x, x.shape[-1:], eps=eps)
 
     def modulated(modulation: Modulated) -> Tensor:
         if modulation is None:

@@ -95,6 +95,7 @@ def residual_norm_modulate_kernel(
     p_second_step,
     tokens,
     eps,
+    NORM: tl.constexpr,
     FAST: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -125,8 +126,10 @@ def residual_norm_modulate_kernel(
             b_x = b_sum
 
     if p_first is not None:
-        mean = tl.sum(b_x * b_x, axis=0) * (1.0 / WIDTH)
-        b_normed = between(b_x * tl.rsqrt(mean + tl.cast(eps, tl.float32)), DTYPE, FAST)
+        b_normed = b_x
+        if NORM:
+            mean = tl.sum(b_x * b_x, axis=0) * (1.0 / WIDTH)
+            b_normed = between(b_x * tl.rsqrt(mean + tl.cast(eps, tl.float32)), DTYPE, FAST)
 
         b_first = b_normed
         if p_first_scale is not None:
@@ -163,7 +166,7 @@ def _results(
     scales: list[Tensor | None],
     shifts: list[Tensor | None],
     indices: list[Tensor | None],
-    eps: float,
+    eps: float | None,
     fast: bool,
     quantize: bool,
 ) -> list[Tensor]:
@@ -180,7 +183,7 @@ def _results(
 @opaque(
     "residual_norm_modulate",
     "(Tensor x, Tensor? branch, Tensor? gate, Tensor? gate_index, Tensor? keep, Tensor?[] scales, Tensor?[] shifts, "
-    "Tensor?[] indices, float eps, bool fast, bool quantize) -> Tensor[]",
+    "Tensor?[] indices, float? eps, bool fast, bool quantize) -> Tensor[]",
     _results,
 )
 def launch(
@@ -192,7 +195,7 @@ def launch(
     scales: list[Tensor | None],
     shifts: list[Tensor | None],
     indices: list[Tensor | None],
-    eps: float,
+    eps: float | None,
     fast: bool,
     quantize: bool,
 ) -> list[Tensor]:
@@ -220,7 +223,8 @@ def launch(
         total,
         *outputs,
         tokens,
-        eps,
+        0.0 if eps is None else eps,
+        NORM=eps is not None,
         FAST=fast,
         WIDTH=width,
         BLOCK=block,
@@ -249,7 +253,7 @@ def _dense(index: Tensor | None) -> Tensor | None:
 def residual_norm_modulate(
     x: Tensor,
     modulations: tuple[Modulated, ...],
-    eps: float,
+    eps: float | None,
     *,
     branch: Tensor | None = None,
     gate: Rows | None = None,

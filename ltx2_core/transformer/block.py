@@ -146,15 +146,16 @@ class StreamBlock(nn.Module):
 
     def text(self, state: StreamState) -> KeysValues:
         """What the stream's tokens read of the prompt. It depends on the prompt and, from 2.3 on, on the noise level."""
-        context = state.inputs.context
-        table = self.prompt_scale_shift_table
-        if table is not None:
-            rows = table.to(context.dtype)
-            if state.prompt is not None:
-                rows = rows + state.prompt  # [B, 1, 2, C]
-            shift, scale = rows[..., 0, :], rows[..., 1, :]
-            context = context * (1 + scale) + shift
-        return self.attn2.keys_values(for_linear(context, self.attn2.to_k))
+        context, table = state.inputs.context, self.prompt_scale_shift_table
+        if table is None:
+            return self.attn2.keys_values(for_linear(context, self.attn2.to_k))
+        rows = table.to(context.dtype)[None, None]  # [B, 1, 2, C]
+        if state.prompt is not None:
+            rows = rows + state.prompt
+        shift, scale = map(Rows, rows.unbind(2))
+        quantize = reads_rows(self.attn2.to_k)
+        _, (output,) = residual_norm_modulate(context, ((scale, shift),), None, fast=self.fast, quantize=quantize)
+        return self.attn2.keys_values(Tokens(*output) if quantize else Tokens(output))
 
     def attend_self_and_text(
         self,

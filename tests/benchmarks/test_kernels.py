@@ -105,6 +105,7 @@ def test_every_variant_fits_its_operation_and_moves_what_the_formula_says(bench,
     size = table.Tokens(512, 256)
     one = 512 * 256 * 2
     want = {  # in tensors of all tokens; rows and weights are small beside them
+        "residual_norm_modulate, modulate": 2,
         "residual_norm_modulate, norm, modulate": 2,
         "residual_norm_modulate, norm, modulate twice": 3,
         "residual_norm_modulate, gate, add": 3,

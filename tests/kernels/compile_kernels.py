@@ -94,6 +94,8 @@ def residual(dtype):
     run(x, two, 1e-6, branch=x, gate=own[4], quantize=True, fast=True)
     run(x, ((shared[0], shared[1]), None), 1e-6)
     run(x, (), 1e-6, branch=x, gate=shared[4])
+    for quantize in (False, True):
+        run(x, ((shared[0], shared[1]),), None, quantize=quantize)
     run(of(1, TOKENS, 100, dtype=dtype), (None,), 1e-6)
 
 

@@ -53,6 +53,22 @@ def test_residual_without_norm_has_equal_bits(agree, randn):
     assert torch.equal(got, x + branch * gate.values)
 
 
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("kind", ["one", "indexed"])
+def test_modulation_without_norm_has_equal_bits(agree, randn, kind, quantize):
+    x, (scale, shift) = randn(2, 5, 64), rows(randn, kind, 2, 5, 64)
+    same, (output,) = agree(residual_norm_modulate, x, ((scale, shift),), None, quantize=quantize)
+    assert same is x
+    output = output[0] if quantize else output
+    assert torch.equal(output, x * (1 + scale.spread(5)) + shift.spread(5))
+
+
+def test_modulation_without_norm_of_a_sum(agree, randn):
+    x, branch = randn(2, 5, 64), randn(2, 5, 64)
+    for fast in (False, True):
+        agree(residual_norm_modulate, x, (rows(randn, "one", 2, 5, 64), None), None, branch=branch, fast=fast)
+
+
 def test_strided_inputs(agree, randn):
     wide = randn(2, 7, 3, 64)
     agree(residual_norm_modulate, wide[:, :, 1], (rows(randn, "one", 2, 7, 64),), EPS, branch=wide[:, :, 2])
