@@ -305,13 +305,21 @@ def test_silent_workers_are_an_error_and_killed_when_nothing_else_ends_them(grou
 # the end -------------------------------------------------------------------------------------------------------------
 
 
-def leftovers():
-    folders = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("ltx2-")}
-    threads = {thread.name for thread in threading.enumerate() if thread.name.startswith("ltx2 ")}
-    return folders, threads, set(psutil.Process().children(recursive=True)), open_files()
+@pytest.fixture
+def leftovers(monkeypatch):
+    """What groups of this process have made."""
+
+    def found():
+        threads = {thread.name for thread in threading.enumerate() if thread.name.startswith("ltx2 ")}
+        return os.listdir(folder), threads, set(psutil.Process().children(recursive=True)), open_files()
+
+    # with a short name, and away from those of other tests' processes
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield found
 
 
-def test_close_leaves_nothing_and_handlers_can_say_farewell(group, tmp_path):
+def test_close_leaves_nothing_and_handlers_can_say_farewell(group, leftovers, tmp_path):
     group.close()
     before = leftovers()
     other = WorkerGroup(Launch(1, ENTRY, {"FAREWELL": str(tmp_path)}, PATIENCE))
@@ -323,7 +331,7 @@ def test_close_leaves_nothing_and_handlers_can_say_farewell(group, tmp_path):
     other.close()
 
 
-def test_a_group_that_is_dropped_is_ended():
+def test_a_group_that_is_dropped_is_ended(leftovers):
     before = leftovers()
     group = WorkerGroup(Launch(1, ENTRY, patience=PATIENCE))
     group.start()
@@ -333,7 +341,7 @@ def test_a_group_that_is_dropped_is_ended():
     assert leftovers() == before
 
 
-def test_workers_that_cannot_begin_are_an_error():
+def test_workers_that_cannot_begin_are_an_error(leftovers):
     before = leftovers()
     group = WorkerGroup(Launch(1, ENTRY, {"FAIL_ON_RANK": "0"}, PATIENCE))
     with pytest.raises(WorkerError, match="rank 0 failed in stage 'start': RuntimeError: no such device"):
