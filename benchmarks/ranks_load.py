@@ -68,22 +68,17 @@ class Loads:
     board: Board
     readings: int = field(default=0)
 
+    @while_loading
     def load(self, adapters: tuple[Adapter, ...], how: str) -> WeightStore:
-        """A store with all weights in place. Raises AssertionError where a shared reading would share nothing."""
-
-        @while_loading
-        def run() -> WeightStore:
-            policy = "pair" if adapters else None
-            store = new_store(self.job.transformer, self.job.model, policy, self.rank.device)
-            share = None
-            if how == SHARED:
-                assert plan(store, adapters) is not None
-                self.readings += 1
-                share = Sharing(self.board, self.rank.rank, self.readings, self.rank.device)
-            store.converge(lambda: adapters, share=share)
-            return store
-
-        return run()
+        """A store with all weights in place."""
+        policy = "pair" if adapters else None
+        store, share = new_store(self.job.transformer, self.job.model, policy, self.rank.device), None
+        if how == SHARED:
+            assert plan(store, adapters) is not None, "there is something to share"
+            self.readings += 1
+            share = Sharing(self.board, self.rank.rank, self.readings, self.rank.device)
+        store.converge(lambda: adapters, share=share)
+        return store
 
     def timed(self, adapters: tuple[Adapter, ...], how: str) -> tuple[float, str]:
         """Seconds from when all ranks have begun until this one is done, and the bits it holds then."""

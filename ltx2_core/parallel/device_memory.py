@@ -17,6 +17,8 @@ from torch import Tensor
 HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
 _UNIFIED = 4
+# CU_DEVICE_ATTRIBUTE_MAX_PITCH
+_WIDEST = (1 << 31) - 1
 
 
 class DriverError(RuntimeError):
@@ -111,8 +113,10 @@ def copy_rows(source: Rows, target: Rows, width: int, count: int, stream: torch.
     """So many rows of ``width`` bytes, in the order of the stream."""
     if count == 0:
         return
-    if source.pitch == target.pitch == width:
+    if source.pitch == target.pitch == width and width * count <= _WIDEST:
+        # one piece; the driver wants no pitch below the width
         width, count = width * count, 1
+        source, target = Rows(source.address, width), Rows(target.address, width)
     copy = _Copy(
         from_kind=_UNIFIED,
         from_device=source.address,
