@@ -1,5 +1,6 @@
 """Where copy engines put rows: ranks in threads, with host memory for that of GPUs and copies that are done at once."""
 
+import contextlib
 import ctypes
 import threading
 import types
@@ -9,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ltx2_engine.kernels import meet_triton
-from ltx2_engine.ltx2_core.parallel import peer_copies
+from ltx2_engine.ltx2_core.parallel import device_memory, peer_copies
 from ltx2_engine.ltx2_core.parallel.context import ParallelContext, Split
 from ltx2_engine.ltx2_core.parallel.device_memory import HANDLE_BYTES
 
@@ -51,20 +52,25 @@ class Together:
         )
 
 
-def copy_now(source, target, width, count, stream):
-    for row in range(count):
-        ctypes.memmove(target.address + row * target.pitch, source.address + row * source.pitch, width)
+def copy_now(name, copy, stream):
+    """The driver's copy, with what it demands."""
+    assert name == "cuMemcpy2DAsync_v2"
+    copy = copy._obj
+    assert min(copy.from_pitch, copy.to_pitch) >= copy.width > 0
+    for row in range(copy.height):
+        ctypes.memmove(copy.to_device + row * copy.to_pitch, copy.from_device + row * copy.from_pitch, copy.width)
 
 
 @pytest.fixture
 def host(monkeypatch):
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    stream = types.SimpleNamespace(wait_stream=lambda other: None, device=CPU, cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     for name in ("Stream", "current_stream", "synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: stream)
     monkeypatch.setattr(peer_copies, "OwnMemory", HostMemory)
     monkeypatch.setattr(peer_copies, "open_memory", lambda handle, device: int.from_bytes(handle[:8], "little"))
     monkeypatch.setattr(peer_copies, "close_memory", lambda address, device: None)
-    monkeypatch.setattr(peer_copies, "copy_rows", copy_now)
+    monkeypatch.setattr(device_memory, "_call", copy_now)
 
 
 @pytest.mark.parametrize("packs", [False, True])
