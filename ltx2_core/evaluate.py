@@ -84,19 +84,21 @@ def split_evaluate(
     A pass's flags are plain Python: what it skips is not computed, and what passes have in common is computed once.
     """
     prompts = _project(model, states, positive, negative)
-    templates = [_templates(model, states, prompt, 1, parallel) for prompt in prompts]
+    templates = _templates(model, states, prompts[0], 1, parallel)
     perturbations = [_perturbation(one) for one in passes]
     first = next(states.present()).latent
     if runs_fused(first.device):
-        for one, skips in zip(passes, perturbations, strict=True):
-            keeps = plan_keeps([skips], model.config.num_layers, first.device, first.dtype)
-            model.warm_up(templates[one.negative].map(lambda t: t.trial()), keeps)
+        trial = templates.map(lambda t: t.trial())
+        for skips in perturbations:
+            model.warm_up(trial, plan_keeps([skips], model.config.num_layers, first.device, first.dtype))
 
     def run(
         x: AV[Tensor], sigma: float | Tensor, enabled: AV[bool], on_block: Callable[[], None], lanes: Lanes
     ) -> list[AV[Tensor]]:
-        # passes of one prompt get one input object, by which the model knows that they begin alike
-        inputs = [template.map(lambda t, x, on: t.at(x, sigma, on), x, enabled) for template in templates]
+        # passes of one prompt get one input object, those of the other one that differs in the prompt alone: by that the
+        # model knows how far they are alike
+        alike = templates.map(lambda t, x, on: t.at(x, sigma, on), x, enabled)
+        inputs = [alike.map(lambda one, context: replace(one, context=context), prompt) for prompt in prompts]
         chosen = [Pass(inputs[one.negative], skips) for one, skips in zip(passes, perturbations, strict=True)]
         return model.run_passes(chosen, share_prefixes=share_prefixes, on_block=on_block, lanes=lanes)
 

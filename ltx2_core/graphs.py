@@ -78,6 +78,10 @@ class Graphs:
         self._pool = torch.cuda.MemPool()
         self._captured: dict[AV[bool], _Captured | None] = {}
 
+    def __del__(self) -> None:
+        # a pool that goes while graphs hold it leaves its memory to PyTorch, which keeps that until it runs short
+        vars(self).pop("_captured", None)
+
     def __call__(self, x: AV[Tensor], sigma: float, enabled: AV[bool]) -> list[AV[Tensor]]:
         around = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(around)

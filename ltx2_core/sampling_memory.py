@@ -34,6 +34,8 @@ class _Peaks:
 # In plain torch every operation makes a tensor; it makes copies of queries and keys to rotate them.
 _TORCH = _Peaks(self_attention=8, two_ways=8, received=6, crossed=5, gathered=1)
 _FUSED = _Peaks(self_attention=7, two_ways=5, received=3, crossed=3, gathered=0)
+# In self attention itself: the tokens modulated, queries, keys and values in one, queries and keys once more, the result.
+_ATTENDING = 7
 # Between text attention and what one stream receives from the other: the state and, modulated, its queries; as wide as
 # audio-video attention: the keys as they were projected and normed, and the values.
 _BETWEEN, _GIVEN = 2, 3
@@ -148,8 +150,7 @@ def sampling_work_bytes(
         return WorkBytes(share.allocated + whole, share.reserved + whole)
     split = mode == "split"
     samples = batch if split else batch * passes
-    # split passes have inputs of their own for either prompt, also where all of them read the same
-    inputs, prompts = (2, min(passes, 2)) if split else (1, 1)
+    prompts = min(passes, 2) if split else 1
     size, peaks = dtype.itemsize, _FUSED if fused else _TORCH
 
     def stream(count: int, own: StreamConfig, levels: int, biased: bool) -> _Stream:
@@ -166,19 +167,20 @@ def sampling_work_bytes(
         features = min(passes, 2) * text_tokens * (config.caption_channels or own.context_dim) * size
         projected = 2 * text_tokens * own.context_dim * size if config.caption_channels is not None else 0
         return _Stream(
-            kept=inputs * (count * (own.dim + config.cross_dim) * size + bias)  # rotary tables, weights of attention
+            kept=count * (own.dim + config.cross_dim) * size  # rotary tables
+            + bias
             + (batch * count**2 * size if biased else 0)
             + features
             + (projected if split else text)
             + batch * count * own.in_channels * copies
-            + rows * (prompts * (branch_rows + _OTHER_ROWS) + branch_rows),
+            + rows * (2 * branch_rows + _OTHER_ROWS),
             width=width,
             rows=eight,
             text=prompts * _TEXT * text,
             first=_CROSS_ROWS * rows
             + max(
                 # a GPU copies weights whose rows are not aligned
-                eight + (peaks.self_attention - 1) * width + max(width, bias if count % 8 else 0),
+                eight + max(peaks.self_attention * width, _ATTENDING * width + bias * (count % 8 != 0)),
                 2 * eight + peaks.two_ways * width + gathered,
                 config.cross_attention_adaln * text,
             ),

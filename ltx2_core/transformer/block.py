@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ A2V_ROWS, V2A_ROWS, CROSS_GATE_ROW = (0, 1), (2, 3), 4
 
 # scale and shift of normalised tokens
 Way = tuple[Rows, Rows]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,35 @@ class _Read:
 
 # by the identity of the pair of states
 Texts = dict[int, AV[KeysValues]]
-# Of one stream: its tokens behind self attention, and what they read of the prompt, which is still to be added. Empty until
-# the first of the passes that share them has computed them.
-Attended = list[tuple[Tensor, Tensor]]
+
+
+class Once(Generic[T]):
+    """What so many passes have in common: the first makes it, and behind the last it is let go."""
+
+    def __init__(self, sharers: int) -> None:
+        self._left = sharers
+        self._made: list[T] = []
+
+    def get(self, make: Callable[[], T]) -> T:
+        if not self._made:
+            self._made.append(make())
+        self._left -= 1
+        return self._made[0] if self._left else self._made.pop()
+
+
+@dataclass(frozen=True)
+class Common:
+    """What passes through one block have in common in one stream, before audio-video attention; ``None`` where they differ.
+
+    own: tokens behind self attention, and these modulated to read the prompt. text: what they read of it, still to be added.
+    """
+
+    own: Once[tuple[Tensor, Tokens]] | None = None
+    text: Once[Tensor] | None = None
+
+
+ALONE = Common()
+BOTH_ALONE = AV(ALONE, ALONE)
 
 
 class FeedForward(nn.Module):
@@ -166,30 +193,25 @@ class StreamBlock(nn.Module):
         keep: Keep,
         ways: Sequence[Way],
         quantize: bool,
-        attended: Attended | None = None,
+        common: Common = ALONE,
     ) -> tuple[Tensor, tuple[Tokens, ...]]:
         """Self and text attention of tokens x [B, T, C]; also the result normalised and modulated in these ways."""
-        if attended:
-            x, h = attended[0]
-        else:
-            x, h = self._attend(x, state, modulation, text, keep)
-            if attended is not None:
-                attended.append((x, h))
+        # tokens and branches by turns, in one name: each goes when the next is there
+        h: Any
+        x, h = _once(common.own, partial(self._attend_self, x, state, modulation, keep))
+        h = _once(common.text, partial(self.attn2.attend_to, text, h, bias=state.inputs.context_bias))
         gate = modulation.row(TEXT_ROWS[2]) if self.prompt_scale_shift_table is not None else None
         return self.add(x, h, gate, ways=ways, quantize=quantize)
 
-    def _attend(
-        self, x: Tensor, state: StreamState, modulation: Modulation, text: KeysValues, keep: Keep
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens behind self attention, and what they read of the prompt."""
+    def _attend_self(self, x: Tensor, state: StreamState, modulation: Modulation, keep: Keep) -> tuple[Tensor, Tokens]:
+        """Tokens behind self attention, and these modulated to read the prompt."""
         inputs = state.inputs
-        # tokens and branches by turns, in one name: each goes when the next is there
         h: Any
         _, (h,) = self.add(x, ways=[_way(modulation, SELF_ROWS)], quantize=self.attn1.reads_rows)
         h = self.attn1.attend_self(h, inputs.rotary, bias=inputs.attention_bias, keep=keep, split=inputs.split)
         into_text = _way(modulation, TEXT_ROWS) if self.prompt_scale_shift_table is not None else None
         x, (h,) = self.add(x, h, modulation.row(SELF_ROWS[2]), ways=[into_text], quantize=self.attn2.reads_rows)
-        return x, self.attn2.attend_to(text, h, bias=inputs.context_bias)
+        return x, h
 
     def receive(
         self, x: Tensor, query: Tokens, given: KeysValues, own: StreamState, keep: Keep, way: Way
@@ -219,6 +241,10 @@ class StreamBlock(nn.Module):
         return x, tuple(Tokens(*output) if quantize else Tokens(output) for output in outputs)
 
 
+def _once(shared: Once[T] | None, make: Callable[[], T]) -> T:
+    return make() if shared is None else shared.get(make)
+
+
 def _way(modulation: Modulation, rows: tuple[int, int, int]) -> Way:
     shift, scale, _ = rows
     return modulation.row(scale), modulation.row(shift)
@@ -244,12 +270,12 @@ class AVBlock(nn.Module):
         keep: BlockKeep,
         texts: Texts | None = None,
         lanes: Lanes = ONE_LANE,
-        attended: AV[Attended] | None = None,
+        common: AV[Common] = BOTH_ALONE,
     ) -> AV[Tensor]:
         """x: tokens of each stream, [B, T, C]. An absent stream is skipped together with both cross attentions.
 
         texts: what this block has read of prompts, for states that come again; it is added to. lanes: where the streams
-        compute. attended: shared by calls that differ in nothing before audio-video attention.
+        compute. common: shared by calls that begin alike.
         """
         halves, texts = self.halves, {} if texts is None else texts
         if id(state) not in texts:
@@ -273,7 +299,7 @@ class AVBlock(nn.Module):
             keep.self_attn,
             receives,
             receives.swap(),
-            AV() if attended is None else attended,
+            common,
         )
         lanes.meet()
         received = lanes.map(self._receive, read, read.swap(), halves, state, modulation, keep.cross)
@@ -301,7 +327,7 @@ class AVBlock(nn.Module):
         keep: Keep,
         receives: bool,
         gives: bool,
-        attended: Attended | None,
+        common: Common,
     ) -> _Read:
         ways = {}
         cross = half.cross_modulation(state) if receives or gives else None
@@ -317,7 +343,7 @@ class AVBlock(nn.Module):
             if not receives:
                 ways["hidden"] = _way(modulation, FF_ROWS)
             x, modulated = half.attend_self_and_text(
-                x, state, modulation, text, keep, list(ways.values()), quantize, attended
+                x, state, modulation, text, keep, list(ways.values()), quantize, common
             )
         read: dict[str, Any] = dict(zip(ways, modulated, strict=True))
         del modulated

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -74,6 +74,14 @@ class StreamInput:
         )
 
 
+def besides_text(inputs: AV[StreamInput]) -> Hashable:
+    """What these hold besides the prompt, by identity: equal for passes that are alike until they read their prompts."""
+    kept = [field.name for field in fields(StreamInput) if field.name not in ("context", "context_bias")]
+    return tuple(
+        None if one is None else tuple(id(getattr(one, name)) for name in kept) for one in (inputs.video, inputs.audio)
+    )
+
+
 @dataclass(frozen=True)
 class Perturbation:
     """Which attentions one sample skips. Blocks are indices; the cross attentions are skipped in all blocks."""
@@ -95,7 +103,8 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of a split evaluation: its inputs and what it skips. Passes with the same inputs share the object."""
+    """One pass of a split evaluation: its inputs and what it skips. Passes with the same inputs share the object, and those
+    that differ in the prompt share what else is in it."""
 
     inputs: AV[StreamInput]
     perturbation: Perturbation = Perturbation()

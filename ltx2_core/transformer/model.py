@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from ..av import AV
 from ..config.numerics import NUMERICS
 from ..config.transformer import StreamConfig, TransformerConfig
-from .block import Attended, AVBlock, StreamState, Texts
-from .inputs import BlockKeep, Pass, Perturbation, StreamInput, plan_keeps
+from .block import BOTH_ALONE, AVBlock, Common, Once, StreamState, Texts
+from .inputs import BlockKeep, Pass, Perturbation, StreamInput, besides_text, plan_keeps
 from .lanes import ONE_LANE, Lanes
 from .rope import CrossRotary, Rotary, rotary_table
 from .stream import Stream
 
+T = TypeVar("T")
 # enough for a kernel to show whether it is right
 _FEW = 64
 _CONTAINERS = (dict, set)
@@ -30,6 +32,10 @@ class _Walk:
     x: AV[Tensor]
     state: AV[StreamState]
     embedded: AV[Tensor]
+
+    def reading(self, inputs: AV[StreamInput]) -> _Walk:
+        """The same at its beginning, with the prompt of these inputs."""
+        return replace(self, state=self.state.map(lambda state, own: replace(state, inputs=own), inputs))
 
 
 class Transformer(nn.Module):
@@ -101,20 +107,17 @@ class Transformer(nn.Module):
         """Evaluate several passes block after block; returns the velocity of each.
 
         A pass's flags are plain Python, so a skipped attention is not computed. Passes with the same inputs are one
-        until the first block in which they differ: that changes no bit, and four guidance passes cost about 3.4.
-        ``on_block`` is called before every block that is computed.
+        until the first block in which they differ, and passes whose inputs differ in the prompt until they read it: that
+        changes no bit, and four guidance passes cost about 3.3. ``on_block`` is called before every block that is computed.
         """
         keeps = [plan_keeps([one.perturbation], self.config.num_layers, *_kind(one.inputs)) for one in passes]
-        groups = _by_key(range(len(passes)), lambda index: id(passes[index].inputs) if share_prefixes else index)
-        walks = [(members, self._begin(passes[members[0]].inputs)) for members in groups]
+        walks = self._begin_all([one.inputs for one in passes], share_prefixes)
         lanes.part()
         for number, block in enumerate(self.blocks):
-            at_block = [plan[number] for plan in keeps]
             texts: Texts = {}
             walks = [
-                (part, self._step(block, walk, at_block[part[0]], texts, on_block, lanes, attended))
-                for members, walk in walks
-                for part, attended in _shared([at_block[index] for index in members], members)
+                (members, self._step(block, walk, keep, texts, on_block, lanes, common))
+                for members, walk, keep, common in _calls(walks, [plan[number] for plan in keeps])
             ]
         lanes.join()
         results = {index: self._finish(walk) for members, walk in walks for index in members}
@@ -137,6 +140,17 @@ class Transformer(nn.Module):
             embedded=conditioned.map(lambda pair: pair[1]),
         )
 
+    def _begin_all(self, inputs: Sequence[AV[StreamInput]], share_prefixes: bool) -> list[tuple[list[int], _Walk]]:
+        """The passes that have these inputs at their beginning: which of them are one, and how."""
+        if not share_prefixes:
+            return [([index], self._begin(one)) for index, one in enumerate(inputs)]
+        walks = []
+        for alike in _by_key(range(len(inputs)), lambda index: besides_text(inputs[index])):
+            first = self._begin(inputs[alike[0]])
+            same = _by_key(alike, lambda index: id(inputs[index]))
+            walks += [(members, first.reading(inputs[members[0]])) for members in same]
+        return walks
+
     @staticmethod
     def _step(
         block: nn.Module,
@@ -145,14 +159,14 @@ class Transformer(nn.Module):
         texts: Texts,
         on_block: Callable[[], None] | None,
         lanes: Lanes = ONE_LANE,
-        attended: AV[Attended] | None = None,
+        common: AV[Common] = BOTH_ALONE,
     ) -> _Walk:
         if on_block is not None:
             on_block()
         if block._compiled_call_impl is not None:
             # compiled as one piece: anything else would be compiled again, in the middle of a capture
-            lanes, attended = ONE_LANE, None
-        return replace(walk, x=block(walk.x, walk.state, keep, texts, lanes, attended))
+            lanes, common = ONE_LANE, BOTH_ALONE
+        return replace(walk, x=block(walk.x, walk.state, keep, texts, lanes, common))
 
     def _finish(self, walk: _Walk) -> AV[Tensor]:
         return walk.x.map(
@@ -223,19 +237,31 @@ def _kind(inputs: AV[StreamInput]) -> tuple[torch.device, torch.dtype]:
     return first.device, first.dtype
 
 
-def _shared(keeps: Sequence[BlockKeep], members: Sequence[int]) -> Iterator[tuple[list[int], AV[Attended] | None]]:
-    """The members that one block computes alike, and for those that part in audio-video attention what comes before it."""
-    keep_of = dict(zip(members, keeps, strict=True))
-    for alike in _by_key(members, lambda index: keep_of[index].self_attn):
-        parts = _by_key(alike, keep_of.__getitem__)
-        attended: AV[Attended] | None = AV([], []) if len(parts) > 1 else None
-        for part in parts:
-            yield part, attended
+def _calls(
+    walks: Iterable[tuple[list[int], _Walk]], keeps: Sequence[BlockKeep]
+) -> Iterator[tuple[list[int], _Walk, BlockKeep, AV[Common]]]:
+    """What one block has to compute: for which passes, from where, which attentions, and what it has in common with others.
+
+    keeps: of every pass.
+    """
+    parts = [(part, walk, keeps[part[0]]) for members, walk in walks for part in _by_key(members, keeps.__getitem__)]
+    for alike in _by_key(parts, lambda part: (id(part[1].x), part[2].self_attn)):
+        own = _once_for(alike)
+        for readers in _by_key(alike, lambda part: id(part[1])):
+            text = _once_for(readers)
+            for part in readers:
+                yield *part, AV(Common(own.video, text.video), Common(own.audio, text.audio))
 
 
-def _by_key(members: Iterable[int], key: Callable[[int], Hashable]) -> list[list[int]]:
+def _once_for(sharers: Sequence[object]) -> AV[Once | None]:
+    """For each stream what these make once; nothing for one alone."""
+    count = len(sharers)
+    return AV(Once(count), Once(count)) if count > 1 else AV()
+
+
+def _by_key(members: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     """Members with equal keys together, in order of first appearance."""
-    groups: dict[Hashable, list[int]] = {}
+    groups: dict[Hashable, list[T]] = {}
     for member in members:
         groups.setdefault(key(member), []).append(member)
     return list(groups.values())

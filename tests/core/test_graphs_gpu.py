@@ -116,6 +116,28 @@ def test_graphs_take_the_memory_of_the_evaluation_and_give_it_back(model):
     assert graphed <= predicted + (96 << 20)
 
 
+def test_memory_of_a_run_goes_back_to_the_device_with_it(model):
+    """Not only to PyTorch: other programs and other libraries take memory there too."""
+
+    def left():
+        with torch.no_grad():
+            run, x = evaluation(model, GUIDED, "split", True)
+            for sigma in (1.0, 0.7, 0.4):
+                run(x, sigma, BOTH)
+        assert next(iter(run._captured.values())).count > 1
+        del run, x
+        torch.cuda.synchronize()
+        return torch.cuda.memory_reserved()
+
+    gc.disable()
+    try:
+        counts = [left() for _ in range(6)]
+    finally:
+        gc.enable()
+    print(f"reserved behind each run: {[count >> 20 for count in counts]} MiB")
+    assert max(counts[2:]) <= counts[1]
+
+
 def test_what_cannot_be_captured_runs_without_graphs(model, monkeypatch, caplog):
     with torch.no_grad():
         plain, x = evaluation(model, StreamGuidance(), "split", False)

@@ -15,6 +15,7 @@ from ltx2_engine.ltx2_core.sampling.guidance import GuidancePass, StreamGuidance
 from ltx2_engine.ltx2_core.shapes import ClipShape
 from ltx2_engine.ltx2_core.testing import assert_close
 from ltx2_engine.ltx2_core.tiny import tiny_config
+from ltx2_engine.ltx2_core.transformer.attention import Attention
 from ltx2_engine.ltx2_core.transformer.compiled import compiled
 from ltx2_engine.ltx2_core.transformer.model import Transformer
 from torch._dynamo.testing import CompileCounter
@@ -101,6 +102,33 @@ def test_sharing_prefixes_changes_no_bit(passes, dtype):
         assert torch.equal(a.audio, b.audio)
     assert all_blocks == 3 * len(passes)
     assert fewer <= all_blocks
+
+
+@pytest.mark.parametrize(
+    ("passes", "first", "second"),
+    [
+        ((COND,), 1, 1),
+        ((COND, UNCOND), 1, 2),
+        ((COND, UNCOND, ISOLATED), 1, 3),
+        ((COND, UNCOND, PERTURBED, ISOLATED), 1, 4),
+        ((COND, ODD), 1, 2),
+    ],
+    ids=lambda value: "+".join(p.name for p in value) if isinstance(value, tuple) else None,
+)
+def test_passes_attend_to_themselves_once_until_they_part(monkeypatch, passes, first, second):
+    """Also passes of different prompts; the perturbed one skips its own attention in the second block, and counts there."""
+    model, calls = random_model("2.3"), []
+    attends = Attention.attend_self
+    monkeypatch.setattr(
+        Attention, "attend_self", lambda self, *args, **how: calls.append(self) or attends(self, *args, **how)
+    )
+    embedded = []
+    for stream in model.streams.present():
+        stream.patchify_proj.register_forward_hook(lambda *_: embedded.append(1))
+    evaluate(split_evaluate, model, passes)
+    for half in (half for number in (0, 1) for half in model.blocks[number].halves.present()):
+        assert calls.count(half.attn1) == (first if half in model.blocks[0].halves.present() else second)
+    assert len(embedded) == 2
 
 
 def guidance_of(preset):
