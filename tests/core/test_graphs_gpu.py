@@ -9,7 +9,7 @@ from ltx2_engine.ltx2_core.av import AV
 from ltx2_engine.ltx2_core.conditioning import state as tokens
 from ltx2_engine.ltx2_core.config.released import released_config
 from ltx2_engine.ltx2_core.config.transformer import TransformerConfig
-from ltx2_engine.ltx2_core.evaluate import EVALUATIONS
+from ltx2_engine.ltx2_core.evaluate import batched_evaluate, split_evaluate
 from ltx2_engine.ltx2_core.loading.arena import Arena
 from ltx2_engine.ltx2_core.sampling.guidance import StreamGuidance, plan_passes
 from ltx2_engine.ltx2_core.sampling_memory import sampling_work_bytes
@@ -62,7 +62,8 @@ def evaluation(model, guidance, mode, graphed, check=lambda: None, kept=False):
     )
     passes = plan_passes(AV(guidance, guidance))
     both = prompt, prompt.map(torch.neg)
-    return EVALUATIONS[mode](model, given, passes, *both, check, graphed=graphed), given.map(lambda one: one.latent)
+    evaluate = {"split": split_evaluate, "batched": batched_evaluate}[mode]
+    return evaluate(model, given, passes, *both, check, graphed=graphed), given.map(lambda one: one.latent)
 
 
 def bits(velocities):
