@@ -136,6 +136,19 @@ def test_a_claim_is_young_when_it_is_taken_and_expires_by_the_file_systems_clock
     assert queue.expire() == ["00001_x"]
 
 
+def test_a_job_that_comes_back_is_young_before_anybody_takes_it(queue, monkeypatch):
+    """Whoever looks for it while another holder has it cannot renew it, and takes it when it is back."""
+    queue.add(b"{}", "x")
+    silence(begun(queue))
+    assert queue.expire() == ["00001_x"]
+    renew = os.utime
+    monkeypatch.setattr(
+        os, "utime", lambda *a: renew(*a) if "pending" not in str(a[0]) else renew(a[0].with_name("none"))
+    )
+    assert queue.claim() is not None
+    assert queue.expire() == []
+
+
 def test_a_heartbeat_keeps_a_claim_and_notices_its_loss(queue):
     queue.add(b"{}", "x")
     claim = begun(queue)
