@@ -168,7 +168,7 @@ def sampling_work_bytes(
         projected = 2 * text_tokens * own.context_dim * size if config.caption_channels is not None else 0
         return _Stream(
             kept=count * (own.dim + config.cross_dim) * size  # rotary tables
-            + bias
+            + bias  # weights of attention, and below what they were made from
             + (batch * count**2 * size if biased else 0)
             + features
             + (projected if split else text)

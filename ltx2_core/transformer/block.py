@@ -89,8 +89,7 @@ class Common:
     text: Once[Tensor] | None = None
 
 
-ALONE = Common()
-BOTH_ALONE = AV(ALONE, ALONE)
+BOTH_ALONE = AV(Common(), Common())
 
 
 class FeedForward(nn.Module):
@@ -193,7 +192,7 @@ class StreamBlock(nn.Module):
         keep: Keep,
         ways: Sequence[Way],
         quantize: bool,
-        common: Common = ALONE,
+        common: Common,
     ) -> tuple[Tensor, tuple[Tokens, ...]]:
         """Self and text attention of tokens x [B, T, C]; also the result normalised and modulated in these ways."""
         # tokens and branches by turns, in one name: each goes when the next is there

@@ -51,7 +51,7 @@ def test_what_was_made_inside_is_not_looked_at_afterwards(frozen):
         with while_loading:
             made = [[] for _ in range(100_000)]
         young = len(gc.get_objects(0))
-        # other threads may let go of something frozen
+        # frozen things go too when nobody holds them any more
         assert count - 1000 < gc.get_freeze_count() <= count
     finally:
         gc.callbacks.remove(note)
